@@ -1,0 +1,130 @@
+"""GMT in a Transformers or TRL trainer: attaches the masker when training begins, logs statistics.
+
+The only module that knows trainers. It knows nothing of Axolotl.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from axolotl_gmt.config import GMTConfig
+from axolotl_gmt.masker import GradientMasker
+from axolotl_gmt.shards import inner_optimizer
+
+LOG = logging.getLogger(__name__)
+
+
+class GMTCallback(TrainerCallback):
+    """Trains with Gradient-Mask Tuning: ``Trainer(..., callbacks=[GMTCallback(mask_ratio=0.5)])``.
+
+    Works in ``Trainer`` and what derives from it, such as TRL's ``SFTTrainer`` and ``DPOTrainer``,
+    with the optimizer that the trainer has. ``gmt/kept_fraction`` and ``gmt/grad_norm_kept`` of
+    the last step join each training log.
+
+    Args:
+        config: All settings at once, or none of them here.
+        **settings: The fields of :class:`GMTConfig`, such as ``mask_ratio``.
+
+    Raises:
+        pydantic.ValidationError: (a ``ValueError``) For a bad or unknown setting.
+        TypeError: If both ``config`` and settings are given.
+    """
+
+    def __init__(self, config: GMTConfig | None = None, **settings: Any) -> None:
+        if config is not None and settings:
+            raise TypeError("Give GMTCallback either a config or settings, not both.")
+        self.config = config or GMTConfig(**settings)
+        self._masker: GradientMasker | None = None
+        self._handle: RemovableHandle | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Attach the masker to the optimizer that the trainer has made by now."""
+        assert model is not None
+        assert optimizer is not None
+        _move_to_front(self)
+        self._detach()
+        self._masker = GradientMasker(model.named_parameters(remove_duplicate=False), self.config)
+        self._handle = self._masker.attach(optimizer)
+        if state.is_world_process_zero:
+            LOG.info(self._describe(self._masker, inner_optimizer(optimizer)))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the statistics of the last step to a training log, and to the trainer's history."""
+        if self._masker is None or logs is None or "loss" not in logs:
+            return
+        statistics = {f"gmt/{key}": value for key, value in self._masker.statistics().items()}
+        logs.update(statistics)
+        if state.log_history:  # The trainer copied the log there before it called this.
+            state.log_history[-1].update(statistics)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Leave the optimizer as it was."""
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+
+    def _describe(self, masker: GradientMasker, optimizer: Optimizer) -> str:
+        masked = [parameter for _, parameter in masker.masked_parameters(optimizer)]
+        ratio = self.config.mask_ratio
+        return (
+            f"Gradient-Mask Tuning: {type(optimizer).__name__} steps with the smallest "
+            f"{ratio:.4g} of the gradient entries of each {_SCOPE[self.config.granularity]} masked "
+            f"({1 - ratio:.4g} kept); {len(masked)} tensors with "
+            f"{sum(parameter.numel() for parameter in masked):,} parameters are under the mask."
+        )
+
+
+_SCOPE = {"tensor": "tensor", "layer": "layer", "global": "step"}
+
+
+def _move_to_front(callback: GMTCallback) -> None:
+    """Put ``callback`` before the reporting callbacks of its trainer.
+
+    A trainer hands one dictionary of logs to its callbacks in turn, TensorBoard and wandb first,
+    and gives a callback no reference to itself or to the list. The list is that of the
+    ``CallbackHandler`` which is calling right now, so it is read from the calling frame.
+    """
+    frame: FrameType | None = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
+        frame = frame.f_back
+    if frame is None:
+        LOG.warning(
+            "GMT's statistics will not reach reporting callbacks that come before GMTCallback."
+        )
+        return
+    callbacks = frame.f_locals["self"].callbacks
+    callbacks.remove(callback)
+    callbacks.insert(0, callback)

@@ -1,0 +1,125 @@
+"""The settings of Gradient-Mask Tuning: each one once, with its default, range and meaning.
+
+Knows nothing of Axolotl, trainers or how training is distributed. The YAML keys of the Axolotl
+plugin are these names with the prefix ``gmt_``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+
+def _check_mask_ratio(value: object) -> float:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        ratio = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{value!r} is not a number. Set the fraction of gradient entries to mask, "
+            "at least 0 and below 1, such as 0.5."
+        ) from None
+    if math.isnan(ratio) or not 0 <= ratio < 1:
+        raise ValueError(
+            f"{value!r} is outside [0, 1). It is the fraction of gradient entries that is masked "
+            "(0.3 keeps the largest 70 %). Set at least 0 and below 1, such as 0.5."
+        )
+    return ratio
+
+
+def _one_of(*choices: str) -> BeforeValidator:
+    def check(value: object) -> object:
+        if value not in choices:
+            raise ValueError(f"{value!r} is not one of {', '.join(choices)}. Set one of these.")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _check_patterns(value: object) -> object:
+    patterns = [value] if isinstance(value, str) else value
+    if patterns is None:
+        return None
+    if not isinstance(patterns, list | tuple) or not patterns:
+        raise ValueError(
+            f"{value!r} is not a regular expression or a list of them. "
+            "Set patterns over parameter names, or remove the setting to cover every parameter."
+        )
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(
+                f"{pattern!r} is not a valid regular expression ({error}). "
+                "Fix the pattern; it is searched for in parameter names, dots escaped as '\\.'."
+            ) from None
+    return tuple(patterns)
+
+
+Granularity = Literal["tensor", "layer", "global"]
+
+MaskRatio = Annotated[float, BeforeValidator(_check_mask_ratio)]
+GranularitySetting = Annotated[Granularity, _one_of(*get_args(Granularity))]
+CriterionSetting = Annotated[str, _one_of("gradient")]
+Patterns = Annotated[tuple[str, ...] | None, BeforeValidator(_check_patterns)]
+
+
+class GMTConfig(BaseModel):
+    """Settings of one Gradient-Mask Tuning run.
+
+    Raises:
+        pydantic.ValidationError: (a ``ValueError``) naming the setting, its value and the fix.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mask_ratio: MaskRatio = Field(
+        default=0.5,
+        description="Fraction of each group of gradient entries that is masked (dropped), "
+        "in [0, 1). 0 masks nothing.",
+    )
+    granularity: GranularitySetting = Field(
+        default="tensor",
+        description="Which entries compete for one threshold: those of one `tensor`, of one "
+        "decoder `layer` (tensors outside any layer keep one threshold each), or all (`global`).",
+    )
+    criterion: CriterionSetting = Field(
+        default="gradient",
+        description="What makes an entry important: `gradient` is the magnitude of its gradient.",
+    )
+    include: Patterns = Field(
+        default=None,
+        description="Regular expressions searched for in parameter names; only parameters that "
+        "match one are masked. Unset: all are.",
+    )
+    exclude: Patterns = Field(
+        default=None,
+        description="Regular expressions searched for in parameter names; parameters that match "
+        "one are stepped unmasked, even if `include` names them.",
+    )
+    seed: int | None = Field(
+        default=None,
+        description="Seed for criteria that draw at random; `gradient` draws nothing. "
+        "Unset: the run's seed.",
+    )
+
+
+def explain(error: ValidationError, prefix: str = "") -> str:
+    """One line per bad setting of ``error``, each starting with the setting's name.
+
+    Args:
+        error: What ``GMTConfig(...)`` raised.
+        prefix: Put before each name, such as ``gmt_`` for the keys of a YAML file.
+    """
+    lines = []
+    for item in error.errors():
+        name = f"{prefix}{item['loc'][0]}"
+        if item["type"] == "value_error":
+            lines.append(f"{name}: {item['ctx']['error']}")
+        else:
+            lines.append(f"{name}: {item['input']!r} is not valid: {item['msg']}.")
+    return "\n".join(lines)

@@ -1,0 +1,207 @@
+"""GMT as an Axolotl plugin: reads the ``gmt_*`` keys and adds the callback to Axolotl's trainer.
+
+The only module that knows Axolotl. ``register`` sees a config before Axolotl validates it, which
+is where ``optimizer: gmt`` becomes the base optimizer and every bad setting is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, get_type_hints
+
+from axolotl.integrations.base import BasePlugin, PluginManager, normalize_plugin_name
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from axolotl.utils.schemas.enums import CustomSupportedOptimizers
+from pydantic import BaseModel, Field, ValidationError, create_model
+from transformers import Trainer, TrainerCallback
+from transformers.training_args import OptimizerNames
+
+from axolotl_gmt.callback import GMTCallback
+from axolotl_gmt.config import GMTConfig, explain
+
+# Axolotl shows INFO of loggers whose name starts with "axolotl"; this sets the package's level.
+LOG = get_logger("axolotl_gmt")
+
+PREFIX = "gmt_"
+DEFAULT_BASE_OPTIMIZER = OptimizerNames.ADAMW_TORCH_FUSED.value
+
+# What `plugins:` may call this plugin. The second is the entry point's own name.
+_BARE_NAME, _NAME, _LONG_NAME = (
+    "axolotl_gmt",
+    "axolotl_gmt.GMTPlugin",
+    "axolotl_gmt.plugin.GMTPlugin",
+)
+
+# They step each parameter inside the backward pass, so step() never sees a gradient to mask.
+_STEP_IN_BACKWARD = {
+    "lomo",
+    "adalomo",
+    "galore_adamw_layerwise",
+    "galore_adamw_8bit_layerwise",
+    "galore_adafactor_layerwise",
+    "apollo_adamw_layerwise",
+}
+
+
+class _SwitchArgs(BaseModel):
+    """The keys that decide whether GMT runs and on what; the rest are GMTConfig's."""
+
+    gmt_enabled: bool | None = Field(
+        default=None,
+        description="Whether GMT masks gradients. Unset: it does if `optimizer` is `gmt` or the "
+        "plugin is listed under `plugins`.",
+    )
+    gmt_base_optimizer: str | None = Field(
+        default=None,
+        description="The optimizer that `optimizer: gmt` steps with, any name that Axolotl's "
+        f"`optimizer` takes. Unset: {DEFAULT_BASE_OPTIMIZER}.",
+    )
+
+
+_CONFIG_TYPES = get_type_hints(GMTConfig, include_extras=True)
+_CONFIG_ARGS: dict[str, Any] = {
+    PREFIX + name: (_CONFIG_TYPES[name] | None, Field(default=None, description=field.description))
+    for name, field in GMTConfig.model_fields.items()
+}
+GMTArgs = create_model(
+    "GMTArgs",
+    __base__=_SwitchArgs,
+    __module__=__name__,
+    __doc__="The keys that GMT adds to Axolotl's config, all unset by default.",
+    **_CONFIG_ARGS,
+)
+
+
+class GMTPlugin(BasePlugin):
+    """Gradient-Mask Tuning for Axolotl: ``plugins: [axolotl_gmt]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Axolotl would split a listed `axolotl_gmt` at a dot that it lacks, and would make a second
+        # active plugin of the long name. Listed names that are loaded already are left alone, and
+        # Axolotl creates this entry point first, so plugins that do nothing stand under both.
+        plugins = PluginManager().plugins
+        for name in (_BARE_NAME, _LONG_NAME):
+            plugins.setdefault(name, BasePlugin())
+
+    def register(self, cfg: DictDefault) -> None:
+        """Check the ``gmt_*`` keys of a raw config and put the base optimizer in place of `gmt`.
+
+        Raises:
+            ValueError: For a bad setting, naming key, value and fix.
+        """
+        _check_keys(cfg)
+        listed = {normalize_plugin_name(name) for name in cfg.get("plugins") or []}
+        sugar = cfg.get("optimizer") == "gmt"
+        enabled = cfg.get("gmt_enabled")
+        if enabled is None:
+            enabled = sugar or bool(listed & {_BARE_NAME, _NAME, _LONG_NAME})
+        if not isinstance(enabled, bool):
+            raise ValueError(f"gmt_enabled: {enabled!r} is not true or false. Set one of these.")
+        if not enabled:
+            _check_nothing_is_set(cfg, sugar)
+        _put_base_optimizer(cfg)
+        if enabled:
+            read_config(cfg)
+            _check_exposes_gradients(cfg)
+            cfg["gmt_enabled"] = True
+
+    def get_input_args(self) -> str:
+        """The keys that join Axolotl's config schema."""
+        return f"{__name__}.GMTArgs"
+
+    def add_callbacks_post_trainer(
+        self, cfg: DictDefault, trainer: Trainer
+    ) -> list[TrainerCallback]:
+        """The callback that masks gradients, if GMT is on."""
+        return [GMTCallback(read_config(cfg))] if cfg.get("gmt_enabled") else []
+
+
+def read_config(cfg: DictDefault) -> GMTConfig:
+    """The settings of GMT in an Axolotl config.
+
+    Raises:
+        ValueError: Naming each bad key, its value and the fix.
+    """
+    settings: dict[str, Any] = {
+        name: value
+        for name in GMTConfig.model_fields
+        if (value := cfg.get(PREFIX + name)) is not None
+    }
+    if "seed" not in settings and cfg.get("seed") is not None:
+        settings["seed"] = cfg["seed"]
+    try:
+        return GMTConfig(**settings)
+    except ValidationError as error:
+        raise ValueError(explain(error, PREFIX)) from None
+
+
+def _set_keys(cfg: DictDefault) -> list[str]:
+    return [key for key, value in cfg.items() if key.startswith(PREFIX) and value is not None]
+
+
+def _check_keys(cfg: DictDefault) -> None:
+    known = GMTArgs.model_fields
+    for key in cfg:
+        if key.startswith(PREFIX) and key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"{key}: {cfg[key]!r} is set, but there is no such key. Did you mean {nearest}? "
+                f"The keys are {', '.join(known)}."
+            )
+
+
+def _check_nothing_is_set(cfg: DictDefault, sugar: bool) -> None:
+    """Refuse settings of a GMT that is off; with ``optimizer: gmt`` the base still matters."""
+    ignored = set(_set_keys(cfg)) - {"gmt_enabled"} - ({"gmt_base_optimizer"} if sugar else set())
+    if ignored:
+        fix = (
+            "Set gmt_enabled: true, or remove"
+            if cfg.get("gmt_enabled") is False
+            else f"Add {_BARE_NAME} to plugins (or set optimizer: gmt), or remove"
+        )
+        key = min(ignored)
+        raise ValueError(
+            f"{key}: {cfg[key]!r} is set, but GMT is off. {fix} {', '.join(sorted(ignored))}."
+        )
+
+
+def _put_base_optimizer(cfg: DictDefault) -> None:
+    base = cfg.get("gmt_base_optimizer")
+    if base is not None:
+        _check_known_optimizer(base)
+    optimizer = cfg.get("optimizer")
+    if optimizer == "gmt" or (optimizer is None and base is not None):
+        cfg["optimizer"] = base or DEFAULT_BASE_OPTIMIZER
+    elif base not in (None, optimizer):
+        raise ValueError(
+            f"gmt_base_optimizer: {base!r} has no effect, since optimizer is {optimizer!r}, which "
+            "GMT then steps with. Set optimizer: gmt, or remove gmt_base_optimizer."
+        )
+
+
+def _check_known_optimizer(base: object) -> None:
+    known = sorted({item.value for item in (*OptimizerNames, *CustomSupportedOptimizers)})
+    if base == "gmt":
+        raise ValueError(
+            "gmt_base_optimizer: 'gmt' cannot step with itself. Set the optimizer to step with, "
+            f"such as {DEFAULT_BASE_OPTIMIZER}."
+        )
+    if base not in known:
+        nearest = difflib.get_close_matches(str(base), known, cutoff=0)
+        raise ValueError(
+            f"gmt_base_optimizer: {base!r} is no optimizer that Axolotl knows. The nearest are "
+            f"{', '.join(nearest)}. All are {', '.join(known)}."
+        )
+
+
+def _check_exposes_gradients(cfg: DictDefault) -> None:
+    optimizer = cfg.get("optimizer")
+    if optimizer in _STEP_IN_BACKWARD:
+        key = "gmt_base_optimizer" if cfg.get("gmt_base_optimizer") else "optimizer"
+        raise ValueError(
+            f"{key}: {optimizer!r} updates each weight during the backward pass, so there is never "
+            f"a whole gradient to mask. Set another one, such as {DEFAULT_BASE_OPTIMIZER}"
+            + (f" or {optimizer.removesuffix('_layerwise')}." if "layerwise" in optimizer else ".")
+        )

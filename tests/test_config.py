@@ -1,0 +1,66 @@
+"""Settings: defaults, and the message for each bad one."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+from pydantic import ValidationError
+
+from axolotl_gmt import GMTConfig
+from axolotl_gmt.config import explain
+
+
+def test_defaults() -> None:
+    assert GMTConfig().model_dump() == {
+        "mask_ratio": 0.5,
+        "granularity": "tensor",
+        "criterion": "gradient",
+        "include": None,
+        "exclude": None,
+        "seed": None,
+    }
+
+
+def test_a_single_pattern_is_a_list_of_one() -> None:
+    assert GMTConfig.model_validate({"include": "mlp"}).include == ("mlp",)
+
+
+def test_a_ratio_that_yaml_reads_as_text_is_a_number() -> None:
+    assert GMTConfig.model_validate({"mask_ratio": "5e-1"}).mask_ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mask_ratio": 1}, r"gmt_mask_ratio: 1 is outside \[0, 1\).*such as 0\.5"),
+        ({"mask_ratio": 1.0}, r"gmt_mask_ratio: 1\.0 is outside"),
+        ({"mask_ratio": -0.1}, r"gmt_mask_ratio: -0\.1 is outside"),
+        ({"mask_ratio": math.nan}, r"gmt_mask_ratio: nan is outside"),
+        ({"mask_ratio": math.inf}, r"gmt_mask_ratio: inf is outside"),
+        ({"mask_ratio": True}, r"gmt_mask_ratio: True is not a number"),
+        ({"mask_ratio": "half"}, r"gmt_mask_ratio: 'half' is not a number"),
+        ({"mask_ratio": [0.5]}, r"gmt_mask_ratio: \[0\.5\] is not a number"),
+        ({"granularity": "row"}, r"gmt_granularity: 'row' is not one of tensor, layer, global"),
+        ({"granularity": ["layer"]}, r"gmt_granularity: \['layer'\] is not one of"),
+        ({"criterion": "magic"}, r"gmt_criterion: 'magic' is not one of gradient"),
+        ({"include": "("}, r"gmt_include: '\(' is not a valid regular expression.*Fix"),
+        ({"exclude": ["a", "["]}, r"gmt_exclude: '\[' is not a valid regular expression"),
+        ({"exclude": [3]}, r"gmt_exclude: 3 is not a valid regular expression"),
+        ({"include": []}, r"gmt_include: \[\] is not a regular expression or a list of them"),
+        ({"include": {"a": 1}}, r"gmt_include: \{'a': 1\} is not a regular expression"),
+        ({"seed": "x"}, r"gmt_seed: 'x' is not valid"),
+    ],
+)
+def test_a_bad_setting_is_named_with_its_value(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        GMTConfig.model_validate(settings)
+    assert re.match(message, explain(error.value, "gmt_")), explain(error.value, "gmt_")
+
+
+def test_every_bad_setting_gets_its_line() -> None:
+    with pytest.raises(ValidationError) as error:
+        GMTConfig.model_validate({"mask_ratio": 2, "granularity": "row", "typo": 1})
+    lines = explain(error.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["mask_ratio", "granularity", "typo"]

@@ -1,0 +1,163 @@
+"""What the plugin makes of a config, and the message for each bad one, before Axolotl validates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from axolotl.integrations.base import PluginManager
+from axolotl.utils.config import prepare_plugins, validate_config
+from axolotl.utils.dict import DictDefault
+
+LISTED = {"plugins": ["axolotl_gmt"]}
+
+
+@pytest.fixture(autouse=True)
+def fresh_plugins() -> Iterator[None]:
+    PluginManager.get_instance().plugins.clear()
+    yield
+    PluginManager.get_instance().plugins.clear()
+
+
+def prepared(**settings: Any) -> dict[str, Any]:
+    """The raw config after Axolotl has let every plugin register."""
+    cfg = DictDefault(settings)
+    prepare_plugins(cfg)
+    result: dict[str, Any] = cfg.to_dict()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("settings", "optimizer", "enabled"),
+    [
+        ({**LISTED, "optimizer": "sgd"}, "sgd", True),
+        ({**LISTED}, None, True),
+        ({**LISTED, "gmt_base_optimizer": "sgd"}, "sgd", True),
+        ({**LISTED, "optimizer": "sgd", "gmt_base_optimizer": "sgd"}, "sgd", True),
+        ({**LISTED, "optimizer": "gmt"}, "adamw_torch_fused", True),
+        ({"optimizer": "gmt"}, "adamw_torch_fused", True),
+        ({"optimizer": "gmt", "gmt_base_optimizer": "muon"}, "muon", True),
+        ({"optimizer": "gmt", "gmt_base_optimizer": "galore_adamw"}, "galore_adamw", True),
+        ({"optimizer": "sgd", "gmt_enabled": True}, "sgd", True),
+        ({**LISTED, "optimizer": "sgd", "gmt_enabled": False}, "sgd", False),
+        ({"optimizer": "gmt", "gmt_enabled": False}, "adamw_torch_fused", False),
+        (
+            {"optimizer": "gmt", "gmt_enabled": False, "gmt_base_optimizer": "sgd"},
+            "sgd",
+            False,
+        ),
+        ({"optimizer": "lomo"}, "lomo", None),
+        ({"plugins": ["axolotl_gmt:GMTPlugin"], "optimizer": "sgd"}, "sgd", True),
+        ({"plugins": ["axolotl_gmt.GMTPlugin", "axolotl_gmt"], "optimizer": "sgd"}, "sgd", True),
+    ],
+)
+def test_who_is_on_and_with_which_optimizer(
+    settings: dict[str, Any], optimizer: str | None, enabled: bool | None
+) -> None:
+    cfg = prepared(**settings)
+    assert cfg.get("optimizer") == optimizer
+    assert cfg.get("gmt_enabled") is enabled
+
+
+def test_registering_a_registered_config_changes_nothing() -> None:
+    once = prepared(optimizer="gmt", gmt_base_optimizer="sgd", gmt_mask_ratio=0.3)
+    assert prepared(**once) == once
+
+
+def test_an_unlisted_plugin_leaves_the_config_alone() -> None:
+    assert prepared(optimizer="sgd", learning_rate=1.0) == {
+        "optimizer": "sgd",
+        "learning_rate": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gmt_mask_ratio": 1.0}, r"gmt_mask_ratio: 1\.0 is outside \[0, 1\)"),
+        ({"gmt_mask_ratio": "half"}, r"gmt_mask_ratio: 'half' is not a number"),
+        ({"gmt_criterion": "fisher"}, r"gmt_criterion: 'fisher' is not one of gradient"),
+        ({"gmt_granularity": "row"}, r"gmt_granularity: 'row' is not one of tensor, layer, global"),
+        ({"gmt_include": "("}, r"gmt_include: '\(' is not a valid regular expression"),
+        ({"gmt_exclude": ["a", "*"]}, r"gmt_exclude: '\*' is not a valid regular expression"),
+        ({"gmt_seed": "x"}, r"gmt_seed: 'x' is not valid"),
+        ({"gmt_enabled": "perhaps"}, r"gmt_enabled: 'perhaps' is not true or false"),
+        (
+            {"gmt_mask_rate": 0.5},
+            r"gmt_mask_rate: 0\.5 .*Did you mean gmt_mask_ratio\?",
+        ),
+        ({"gmt_optimizer": None}, r"gmt_optimizer: .*Did you mean gmt_base_optimizer\?"),
+        ({"gmt_base_optimizer": "gmt"}, r"gmt_base_optimizer: 'gmt' cannot step with itself"),
+        ({"gmt_base_optimizer": "adamw"}, r"gmt_base_optimizer: 'adamw' is no optimizer.*adamw_"),
+        ({"gmt_base_optimizer": "lomo"}, r"gmt_base_optimizer: 'lomo' updates each weight during"),
+        ({"gmt_base_optimizer": "apollo_adamw_layerwise"}, r"or apollo_adamw\."),
+    ],
+)
+def test_bad_settings_are_refused_with_key_value_and_fix(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepared(optimizer="gmt", **settings)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "lomo",
+        "adalomo",
+        "galore_adamw_layerwise",
+        "galore_adamw_8bit_layerwise",
+        "galore_adafactor_layerwise",
+        "apollo_adamw_layerwise",
+    ],
+)
+def test_an_optimizer_that_steps_in_the_backward_pass_is_refused(optimizer: str) -> None:
+    with pytest.raises(ValueError, match=rf"^optimizer: '{optimizer}' updates each weight during"):
+        prepared(optimizer=optimizer, **LISTED)
+
+
+def test_a_base_optimizer_that_would_be_ignored_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"gmt_base_optimizer: 'sgd' has no effect.*'adamw_torch'"):
+        prepared(optimizer="adamw_torch", gmt_base_optimizer="sgd", **LISTED)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gmt_mask_ratio": 0.5}, r"gmt_mask_ratio: 0\.5 is set, but GMT is off. Add axolotl_gmt"),
+        (
+            {**LISTED, "gmt_enabled": False, "gmt_include": "mlp"},
+            r"gmt_include: 'mlp' is set, but GMT is off. Set gmt_enabled: true, or remove",
+        ),
+        ({"gmt_base_optimizer": "sgd"}, r"gmt_base_optimizer: 'sgd' is set, but GMT is off"),
+        ({"gmt_mask_rate": 0.5}, r"Did you mean gmt_mask_ratio\?"),
+    ],
+)
+def test_settings_of_a_gmt_that_is_off_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepared(optimizer="sgd", **settings)
+
+
+def test_the_schema_keeps_the_keys(sft_yaml: dict[str, Any]) -> None:
+    cfg = DictDefault(
+        {**sft_yaml, "optimizer": "gmt", "gmt_mask_ratio": 0.3, "gmt_include": "mlp", "gmt_seed": 3}
+    )
+    prepare_plugins(cfg)
+    valid = validate_config(cfg)
+    assert {key: value for key, value in valid.items() if key.startswith("gmt_")} == {
+        "gmt_enabled": True,
+        "gmt_mask_ratio": 0.3,
+        "gmt_include": ("mlp",),
+        "gmt_seed": 3,
+    }
+
+
+def test_every_setting_is_a_documented_key_of_the_schema() -> None:
+    from axolotl_gmt import GMTConfig
+    from axolotl_gmt.plugin import GMTArgs
+
+    assert set(GMTArgs.model_fields) == {"gmt_enabled", "gmt_base_optimizer"} | {
+        f"gmt_{name}" for name in GMTConfig.model_fields
+    }
+    assert all(field.description for field in GMTArgs.model_fields.values())
