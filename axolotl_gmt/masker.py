@@ -20,7 +20,16 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from axolotl_gmt.config import GMTConfig, Granularity
-from axolotl_gmt.shards import Shard, inner_optimizer, local_shard, plain_name
+from axolotl_gmt.shards import (
+    Ranks,
+    Rows,
+    Shard,
+    inner_optimizer,
+    local_shard,
+    plain_name,
+    stepped_parameters,
+    sum_over_ranks,
+)
 from axolotl_gmt.threshold import common_dtype, find_thresholds, mask_below_
 
 # Groups whose thresholds are found together; bounds the memory of their histograms (16 MiB).
@@ -68,7 +77,6 @@ class GradientMasker:
         for name, parameter in named_parameters:
             self._names[parameter].append(plain_name(name))
         self._handles: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
-        self._entries = 0
         self._totals: list[Tensor] = []
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
@@ -103,18 +111,13 @@ class GradientMasker:
         Raises:
             ValueError: If the optimizer steps a tensor that is not among the named parameters.
         """
-        masked = []
-        for parameter in _stepped(optimizer):
-            names = self._names.get(parameter)
-            if names is None:
-                raise ValueError(
-                    f"The optimizer steps a tensor of shape {tuple(parameter.shape)} that is not "
-                    "among the named parameters, so it would be stepped unmasked. Give the masker "
-                    "the named parameters of the model that the optimizer was made for."
-                )
-            if self._is_masked(names):
-                masked.append((names[0], parameter))
-        return masked
+        include, exclude = self.config.include, self.config.exclude
+        return [
+            (names[0], parameter)
+            for names, parameter in stepped_parameters(optimizer, self._names)
+            if (include is None or _matches_any(include, names))
+            and (exclude is None or not _matches_any(exclude, names))
+        ]
 
     @torch.no_grad()
     def mask_gradients(self, optimizer: Optimizer) -> None:
@@ -123,47 +126,49 @@ class GradientMasker:
         Raises:
             TypeError: For a gradient that cannot be masked exactly, such as a sparse one.
         """
-        shards = [
-            shard
-            for name, parameter in self.masked_parameters(optimizer)
-            if (shard := local_shard(name, parameter)) is not None
-        ]
-        totals: dict[torch.device, Tensor] = {}
+        shards = [local_shard(*named) for named in self.masked_parameters(optimizer)]
+        totals: dict[tuple[torch.device, Ranks], Tensor] = {}
         for dtype, groups in self._batches(shards):
-            entries = [[shard.entries for shard in group] for group in groups]
-            thresholds = find_thresholds(entries, self.config.mask_ratio, dtype)
-            for group, threshold in zip(groups, thresholds, strict=True):
-                for shard in group:
-                    device = shard.entries.device
-                    if device not in totals:
-                        totals[device] = torch.zeros(3, dtype=torch.float64, device=device)
-                    mask_below_(shard.entries, dtype, threshold.to(device), totals[device])
-        self._entries = sum(shard.entries.numel() for shard in shards)
+            batch = [shard for group in groups for shard in group]
+            rows = Rows(groups)
+            entries = [shard.entries for shard in batch]
+            thresholds = find_thresholds(entries, rows, self.config.mask_ratio, dtype)
+            for key in dict.fromkeys((shard.entries.device, shard.ranks) for shard in batch):
+                here = [i for i, s in enumerate(batch) if (s.entries.device, s.ranks) == key]
+                found = torch.zeros(len(here), 4, dtype=torch.float64, device=key[0])
+                mask_below_(
+                    [entries[i] for i in here],
+                    [rows.of_shard[i] for i in here],
+                    dtype,
+                    thresholds,
+                    found,
+                )
+                totals[key] = totals.get(key, 0) + found.sum(0)
+        for (_, ranks), total in totals.items():
+            sum_over_ranks(total, ranks)
         self._totals = list(totals.values())
 
     def statistics(self) -> dict[str, float]:
-        """What the last step kept; empty before the first step. Reads from the device.
+        """What the last step kept, on all ranks; empty if there was none yet. Reads the device.
 
         Returns:
             ``kept_fraction``: non-zero entries that survived over all entries subject to masking.
             ``grad_norm_kept``: norm of the masked gradient over norm of the gradient, 1 if both
             are 0.
         """
-        if not self._totals:
+        total = torch.zeros(4, dtype=torch.float64)
+        for part in self._totals:
+            total += part.cpu()
+        entries, kept, before, after = total.tolist()
+        if entries == 0:
             return {}
-        kept, before, after = torch.stack([total.cpu() for total in self._totals]).sum(0).tolist()
         return {
-            "kept_fraction": kept / self._entries,
+            "kept_fraction": kept / entries,
             "grad_norm_kept": 1.0 if before == 0 else math.sqrt(after / before),
         }
 
-    def _is_masked(self, names: list[str]) -> bool:
-        include, exclude = self.config.include, self.config.exclude
-        included = include is None or _matches_any(include, names)
-        return included and not (exclude is not None and _matches_any(exclude, names))
-
     def _check_patterns(self, optimizer: Optimizer) -> None:
-        names = [name for parameter in _stepped(optimizer) for name in self._names[parameter]]
+        names = [n for names, _ in stepped_parameters(optimizer, self._names) for n in names]
         for setting in ("include", "exclude"):
             for pattern in getattr(self.config, setting) or ():
                 if not _matches_any([pattern], names):
@@ -204,11 +209,6 @@ class GradientMasker:
         if positional:
             return (optimizer, closure_then_mask, *positional[1:]), kwargs
         return args, {**kwargs, "closure": closure_then_mask}
-
-
-def _stepped(optimizer: Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
 
 
 def _matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:

@@ -7,17 +7,22 @@ and sums over ranks; it knows nothing of masks, thresholds or trainers.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 # What wrappers put into parameter names: DDP and DeepSpeed, torch.compile, FSDP1, activation
 # checkpointing. Patterns and layer names must not depend on how a model is wrapped.
-_WRAPPERS = re.compile(
-    r"(^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.)"
-)
+_WRAPPERS = re.compile(r"^module\.|(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+# The process groups over which a tensor is sharded, one for each such dimension of its device
+# mesh; empty for a tensor that is whole on every rank.
+Ranks = tuple[dist.ProcessGroup, ...]
 
 
 def plain_name(name: str) -> str:
@@ -32,52 +37,175 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
+def stepped_parameters(
+    optimizer: Optimizer, names: Mapping[Tensor, Sequence[str]]
+) -> Iterator[tuple[Sequence[str], Tensor]]:
+    """All names, and the tensor, of each parameter that ``optimizer`` steps.
+
+    Args:
+        optimizer: The inner optimizer.
+        names: The names of each parameter of the model.
+
+    Raises:
+        ValueError: If the optimizer steps a tensor that has no name.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in names:
+                raise ValueError(
+                    f"The optimizer steps a tensor of shape {tuple(parameter.shape)} that is not "
+                    "among the named parameters, so it would be stepped unmasked. Give the masker "
+                    "the named parameters of the model that the optimizer was made for."
+                )
+            yield names[parameter], parameter
+
+
 @dataclass(frozen=True)
 class Shard:
     """The entries of one parameter's gradient that live in this process.
 
     Attributes:
         name: Parameter name in the unwrapped model.
-        entries: Flat view of the gradient's memory, shape ``(entries,)``; writing to it writes
-            to the gradient. The order of entries is that of memory.
+        entries: Flat view of the gradient's memory, shape ``(local entries,)``; writing to it
+            writes to the gradient. The order of entries is that of memory. Empty if there is no
+            gradient here, so that all ranks hold the same list of shards.
+        ranks: Who holds the other entries.
     """
 
     name: str
     entries: Tensor
+    ranks: Ranks
+
+
+def local_shard(name: str, parameter: Tensor) -> Shard:
+    """The shard of ``parameter``'s gradient in this process.
+
+    Raises:
+        TypeError: For a gradient that cannot be masked exactly: sparse, not yet reduced, or not
+            bf16, fp16, fp32 or fp64.
+    """
+    gradient = parameter.grad
+    reference = parameter if gradient is None else gradient
+    without = f"Or leave the parameter out with exclude: ['{re.escape(name)}']."
+    if reference.layout != torch.strided:
+        raise TypeError(
+            f"The gradient of {name} is sparse ({reference.layout}), which GMT cannot mask. Create "
+            f"the layer without sparse gradients (nn.Embedding(..., sparse=False)). {without}"
+        )
+    if not (reference.is_floating_point() and reference.element_size() > 1):
+        raise TypeError(
+            f"The gradient of {name} is {reference.dtype}; GMT masks bfloat16, float16, float32 "
+            f"and float64. {without}"
+        )
+    ranks = _sharded_over(name, reference) if isinstance(reference, DTensor) else ()
+    if gradient is None:
+        local = reference.to_local() if isinstance(reference, DTensor) else reference
+        return Shard(name, local.new_empty(0), ranks)
+    return Shard(name, _local_entries(parameter, gradient), ranks)
+
+
+def _sharded_over(name: str, tensor: DTensor) -> Ranks:
+    mesh = tensor.device_mesh
+    for placement in tensor.placements:
+        if placement.is_partial():
+            raise TypeError(
+                f"The gradient of {name} is not yet summed over ranks (placements "
+                f"{tensor.placements}). Redistribute it before the optimizer's step."
+            )
+    return tuple(
+        mesh.get_group(dim)
+        for dim, placement in enumerate(tensor.placements)
+        if not placement.is_replicate() and mesh.size(dim) > 1
+    )
+
+
+def _local_entries(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Flat view of the local part of ``gradient``, made dense first if its layout is not."""
+    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    entries = _flat_view(local)
+    if entries is not None:
+        return entries
+    # Expanded or strided gradients cannot be edited entry by entry where they are.
+    local = local.contiguous()
+    parameter.grad = (
+        DTensor.from_local(
+            local,
+            gradient.device_mesh,
+            gradient.placements,
+            run_check=False,
+            shape=gradient.shape,
+            stride=gradient.stride(),
+        )
+        if isinstance(gradient, DTensor)
+        else local
+    )
+    return local.view(-1)
 
 
 def _flat_view(tensor: Tensor) -> Tensor | None:
     """All entries of ``tensor`` in memory order without a copy, or None if they are not dense."""
     strides = tensor.stride()
-    order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
-    dense = tensor.permute(order)
+    dense = tensor.permute(sorted(range(tensor.dim()), key=lambda dim: -strides[dim]))
     return dense.view(-1) if dense.is_contiguous() else None
 
 
-def local_shard(name: str, parameter: Tensor) -> Shard | None:
-    """The shard of ``parameter``'s gradient in this process; None if it has no gradient.
+class Rows:
+    """Rows of counts: one for each pair of a group of entries and the ranks that it is spread over.
 
-    Raises:
-        TypeError: For a gradient that cannot be masked exactly: sparse, or not bf16, fp16,
-            fp32 or fp64.
+    Entries that are spread over the same ranks are counted together and summed over these ranks
+    once; a group whose tensors lie differently (sharded and not, on different meshes) has several
+    rows. All ranks build the same rows in the same order.
+
+    Args:
+        groups: The shards of each group.
     """
-    gradient = parameter.grad
-    if gradient is None:
-        return None
-    if gradient.layout != torch.strided:
-        raise TypeError(
-            f"The gradient of {name} is sparse ({gradient.layout}), which GMT cannot mask. Create "
-            "the layer without sparse gradients (nn.Embedding(..., sparse=False)) or leave the "
-            f"parameter out with exclude: ['{re.escape(name)}']."
-        )
-    if not (gradient.is_floating_point() and gradient.element_size() > 1):
-        raise TypeError(
-            f"The gradient of {name} is {gradient.dtype}; GMT masks bfloat16, float16, float32 "
-            f"and float64. Leave the parameter out with exclude: ['{re.escape(name)}']."
-        )
-    entries = _flat_view(gradient)
-    if entries is None:
-        # Expanded or strided gradients cannot be edited entry by entry where they are.
-        parameter.grad = gradient.contiguous()
-        entries = parameter.grad.view(-1)
-    return Shard(name, entries)
+
+    def __init__(self, groups: Sequence[Sequence[Shard]]) -> None:
+        self._group: list[int] = []
+        self._ranks: list[Ranks] = []
+        self.of_shard: list[int] = []
+        for index, group in enumerate(groups):
+            found: dict[Ranks, int] = {}
+            for shard in group:
+                if shard.ranks not in found:
+                    found[shard.ranks] = len(self._group)
+                    self._group.append(index)
+                    self._ranks.append(shard.ranks)
+                self.of_shard.append(found[shard.ranks])
+        self._groups = len(groups)
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """Sum counts ``(rows, ...)`` over ranks and rows to ``(groups, ...)``."""
+        for ranks in dict.fromkeys(self._ranks):
+            rows = [row for row, held_by in enumerate(self._ranks) if held_by == ranks]
+            if len(rows) == len(self):
+                sum_over_ranks(counts, ranks)
+            elif ranks:
+                part = torch.stack([counts[row] for row in rows])
+                sum_over_ranks(part, ranks)
+                for row, total in zip(rows, part, strict=True):
+                    counts[row] = total
+        if self._one_row_a_group():
+            return counts
+        totals = counts.new_zeros(self._groups, *counts.shape[1:])
+        for row, group in enumerate(self._group):
+            totals[group] += counts[row]
+        return totals
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of groups ``(groups, ...)`` as values of their rows ``(rows, ...)``."""
+        if self._one_row_a_group():
+            return values
+        return torch.stack([values[group] for group in self._group])
+
+    def _one_row_a_group(self) -> bool:
+        return self._group == list(range(self._groups))
+
+
+def sum_over_ranks(values: Tensor, ranks: Ranks) -> None:
+    """Sum contiguous ``values``, in place, over all processes that hold a shard."""
+    for group in ranks:
+        dist.all_reduce(values, group=group)

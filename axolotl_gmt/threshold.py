@@ -5,17 +5,19 @@ patterns and a sum over its bins find the threshold without sorting (Li et al. 2
 types are counted digit by digit, the upper 15 bits first. NaN patterns lie above that of infinity,
 which makes every broken entry win. Nothing here reads a value back from the device.
 
-Knows tensors only: no parameters, trainers or ranks.
+Knows tensors only: no parameters, no trainers, and of ranks only that rows of counts add up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from axolotl_gmt.shards import Rows
 
 _PATTERN_DTYPE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 20  # entries of scratch memory a pass; small enough to stay in a CPU's cache
@@ -38,45 +40,55 @@ def infinity_pattern(dtype: torch.dtype) -> int:
     return int(infinity.view(_PATTERN_DTYPE[dtype.itemsize]))
 
 
-def digits(dtype: torch.dtype) -> list[tuple[int, int]]:
-    """``(shift, width)`` in bits of the digits that a magnitude of ``dtype`` is counted by."""
-    bounds = range(dtype.itemsize * 8, -1, -16)
-    return [(low, min(high, dtype.itemsize * 8 - 1) - low) for high, low in pairwise(bounds)]
+class Digit(NamedTuple):
+    """Bits ``shift`` to ``shift + width`` of a pattern."""
+
+    shift: int
+    width: int
 
 
-def count_digit(
-    entries: Tensor,
+def digits(dtype: torch.dtype) -> list[Digit]:
+    """The digits, upper first, by which a magnitude of ``dtype`` is counted.
+
+    Each has 16 bits but the first, which lacks the sign's.
+    """
+    bits = dtype.itemsize * 8
+    return [Digit(shift, 15 if shift == bits - 16 else 16) for shift in range(bits - 16, -1, -16)]
+
+
+def count_digits(
+    tensors: Sequence[Tensor],
+    rows: Sequence[int],
     dtype: torch.dtype,
-    shift: int,
-    width: int,
-    prefix: Tensor | None,
+    digit: Digit,
+    prefixes: Tensor | None,
     counts: Tensor,
 ) -> None:
-    """Add to ``counts`` how often each value of one digit occurs among ``entries``.
+    """Add to ``counts`` how often each value of one digit occurs among the entries of each row.
 
     Args:
-        entries: Flat tensor of any supported dtype.
-        dtype: The dtype whose patterns are counted (``entries`` are converted exactly).
-        shift: Bits below the digit.
-        width: Bits of the digit.
-        prefix: int64 scalar; only entries whose bits above the digit equal it count. None: all.
-        counts: int64 ``(2 ** width,)``, added to in place.
+        tensors: Flat tensors of any supported dtypes, all on the device of ``counts``.
+        rows: The row that each tensor's entries are counted in.
+        dtype: The dtype whose patterns are counted (entries are converted exactly).
+        digit: Which bits of the pattern.
+        prefixes: int64 ``(rows,)``; only entries whose bits above the digit equal that of their
+            row count. None: all do.
+        counts: int64 ``(rows, 2 ** digit.width)``, added to in place.
     """
-    bins = 1 << width
-    for chunk in entries.split(_CHUNK):
-        patterns = magnitude_patterns(chunk, dtype)
-        if prefix is None:
-            digit = patterns >> shift
-        else:
-            digit = torch.where(
-                patterns >> (shift + width) == prefix, (patterns >> shift) & (bins - 1), bins
-            )
-        if digit.is_cpu:
-            found = torch.bincount(digit, minlength=bins + 1)
-        else:  # bincount reads the largest digit back to the host
-            found = torch.zeros(bins + 1, dtype=torch.int64, device=digit.device)
-            found.scatter_add_(0, digit.long(), torch.ones_like(digit, dtype=torch.int64))
-        counts += found[:bins]
+    bins = 1 << digit.width
+    for tensor, row in zip(tensors, rows, strict=True):
+        for chunk in tensor.split(_CHUNK):
+            patterns = magnitude_patterns(chunk, dtype)
+            values = patterns >> digit.shift
+            if prefixes is not None:
+                above = patterns >> (digit.shift + digit.width)
+                values = torch.where(above == prefixes[row], values & (bins - 1), bins)
+            if values.is_cpu:
+                found = torch.bincount(values, minlength=bins + 1)
+            else:  # bincount reads the largest value back to the host
+                found = torch.zeros(bins + 1, dtype=torch.int64, device=values.device)
+                found.scatter_add_(0, values.long(), torch.ones_like(values, dtype=torch.int64))
+            counts[row] += found[:bins]
 
 
 def _take_bin(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,52 +111,88 @@ def entries_to_keep(entries: Tensor, mask_ratio: float) -> Tensor:
 
 
 def find_thresholds(
-    groups: Sequence[Sequence[Tensor]],
-    mask_ratio: float,
-    dtype: torch.dtype,
+    tensors: Sequence[Tensor], rows: Rows, mask_ratio: float, dtype: torch.dtype
 ) -> Tensor:
     """T_k of each group: the magnitude of the k-th largest of its n entries, as a bit pattern.
 
     k = max(1, n - round(mask_ratio * n)). A threshold is at most infinity's pattern, so that
-    neither NaN nor infinity can ever fall below it.
+    neither NaN nor infinity can ever fall below it. Entries that lie on other ranks count too.
 
     Args:
-        groups: For each group its flat tensors, all on one device.
+        tensors: The flat tensors of all groups, in the order in which ``rows`` has their shards.
+        rows: Which of them are counted together, and what makes them groups.
         mask_ratio: Fraction of a group's entries to mask, in [0, 1).
         dtype: The dtype in which magnitudes are compared; holds every entry exactly.
 
     Returns:
-        int64 ``(groups,)`` on the entries' device; 0 for a group without entries.
+        int64 ``(rows,)`` on the first tensor's device, the same for all rows of a group; 0 for a
+        group without entries.
     """
-    device = groups[0][0].device
     k: Tensor | None = None
-    prefix: Tensor | None = None
-    for shift, width in digits(dtype):
-        counts = torch.zeros(len(groups), 1 << width, dtype=torch.int64, device=device)
-        for index, tensors in enumerate(groups):
-            for entries in tensors:
-                above = None if prefix is None else prefix[index]
-                count_digit(entries, dtype, shift, width, above, counts[index])
+    prefixes: Tensor | None = None
+    for digit in digits(dtype):
+        counts = _count_on_every_device(tensors, rows, dtype, digit, prefixes)
+        # Ranks exchange sums over 2^8 neighbouring bins, then the bins of the winning sum only.
+        fine = counts.view(len(rows), -1, 256)
+        coarse = rows.sum(fine.sum(-1))
         if k is None:
-            k = entries_to_keep(counts.sum(-1), mask_ratio)
-        digit, k = _take_bin(counts, k)
-        prefix = digit if prefix is None else (prefix << width) | digit
-    assert prefix is not None
-    return prefix.clamp(max=infinity_pattern(dtype))
+            k = entries_to_keep(coarse.sum(-1), mask_ratio)
+        upper, k = _take_bin(coarse, k)
+        index = rows.spread(upper)[:, None, None].expand(-1, 1, 256)
+        lower, k = _take_bin(rows.sum(fine.gather(1, index).squeeze(1)), k)
+        value = rows.spread((upper << 8) | lower)
+        prefixes = value if prefixes is None else (prefixes << digit.width) | value
+    assert prefixes is not None
+    return prefixes.clamp(max=infinity_pattern(dtype))
 
 
-def mask_below_(entries: Tensor, dtype: torch.dtype, threshold: Tensor, totals: Tensor) -> None:
-    """Set to zero, in place, the entries whose magnitude is below ``threshold`` (Li et al., M).
+def _count_on_every_device(
+    tensors: Sequence[Tensor],
+    rows: Rows,
+    dtype: torch.dtype,
+    digit: Digit,
+    prefixes: Tensor | None,
+) -> Tensor:
+    home = tensors[0].device
+    total = torch.zeros(len(rows), 1 << digit.width, dtype=torch.int64, device=home)
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        here = [index for index, tensor in enumerate(tensors) if tensor.device == device]
+        counts = total if device == home else torch.zeros_like(total, device=device)
+        count_digits(
+            [tensors[index] for index in here],
+            [rows.of_shard[index] for index in here],
+            dtype,
+            digit,
+            None if prefixes is None else prefixes.to(device),
+            counts,
+        )
+        if device != home:
+            total += counts.to(home)
+    return total
+
+
+def mask_below_(
+    tensors: Sequence[Tensor],
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    thresholds: Tensor,
+    totals: Tensor,
+) -> None:
+    """Set to zero, in place, the entries whose magnitude is below the threshold (Li et al., M).
 
     Args:
-        entries: Flat tensor of any supported dtype.
-        dtype: The dtype of the threshold's bit pattern.
-        threshold: int64 scalar from :func:`find_thresholds`.
-        totals: float64 ``(3,)``, added to in place: entries that are non-zero afterwards, sum of
-            squares before, sum of squares afterwards.
+        tensors: Flat tensors of any supported dtypes, all on the device of ``totals``.
+        rows: The row of ``thresholds`` that each tensor is compared with.
+        dtype: The dtype of the thresholds' bit patterns.
+        thresholds: int64 ``(rows,)`` from :func:`find_thresholds`.
+        totals: float64 ``(tensors, 4)``, added to in place: for each tensor its entries, those
+            that are non-zero afterwards, the sum of squares before, and afterwards.
     """
-    for chunk in entries.split(_CHUNK):
-        before = torch.linalg.vector_norm(chunk, dtype=torch.float64)
-        chunk.masked_fill_(magnitude_patterns(chunk, dtype) < threshold, 0)
-        after = torch.linalg.vector_norm(chunk, dtype=torch.float64)
-        totals += torch.stack([chunk.count_nonzero().double(), before.square(), after.square()])
+    thresholds = thresholds.to(totals.device)
+    for tensor, row, total in zip(tensors, rows, totals, strict=True):
+        total[0] += tensor.numel()
+        for chunk in tensor.split(_CHUNK):
+            before = torch.linalg.vector_norm(chunk, dtype=torch.float64)
+            chunk.masked_fill_(magnitude_patterns(chunk, dtype) < thresholds[row], 0)
+            after = torch.linalg.vector_norm(chunk, dtype=torch.float64)
+            total[1:] += torch.stack([chunk.count_nonzero(), before.square(), after.square()])

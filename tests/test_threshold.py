@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from axolotl_gmt import threshold
+from axolotl_gmt.shards import Rows, Shard
 from axolotl_gmt.threshold import common_dtype, find_thresholds, mask_below_
 from tests.reference.gmt_reference import masked
 
@@ -23,14 +24,18 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(BITS[tensor.dtype.itemsize])
 
 
+def rows_of(groups: list[list[Tensor]]) -> Rows:
+    return Rows([[Shard("", tensor, ()) for tensor in group] for group in groups])
+
+
 def fast(gradients: list[Tensor], mask_ratio: float) -> tuple[list[Tensor], Tensor]:
     """What :mod:`axolotl_gmt.threshold` makes of one group, and its totals."""
     entries = [gradient.clone() for gradient in gradients]
     dtype = common_dtype([gradient.dtype for gradient in gradients])
-    (group_threshold,) = find_thresholds([entries], mask_ratio, dtype)
-    totals = torch.zeros(3, dtype=torch.float64)
-    for tensor in entries:
-        mask_below_(tensor, dtype, group_threshold, totals)
+    rows = rows_of([entries])
+    thresholds = find_thresholds(entries, rows, mask_ratio, dtype)
+    totals = torch.zeros(len(entries), 4, dtype=torch.float64)
+    mask_below_(entries, rows.of_shard, dtype, thresholds, totals)
     return entries, totals
 
 
@@ -39,7 +44,8 @@ def assert_like_reference(gradients: list[Tensor], mask_ratio: float) -> None:
     expected = masked(gradients, mask_ratio)
     for got, want in zip(entries, expected, strict=True):
         assert torch.equal(bits(got), bits(want))
-    assert totals[0] == sum(int(want.count_nonzero()) for want in expected)
+    assert totals[:, 0].tolist() == [want.numel() for want in expected]
+    assert totals[:, 1].tolist() == [int(want.count_nonzero()) for want in expected]
 
 
 @st.composite
@@ -99,7 +105,7 @@ def test_tensors_of_several_chunks(dtype: torch.dtype, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_groups_do_not_see_each_other(dtype: torch.dtype) -> None:
     groups = [torch.arange(1, 101).to(dtype), torch.arange(1, 101).to(dtype) * 64]
-    thresholds = find_thresholds([[group] for group in groups], 0.5, dtype)
+    thresholds = find_thresholds(groups, rows_of([[group] for group in groups]), 0.5, dtype)
     values = thresholds.to(BITS[dtype.itemsize]).view(dtype)
     assert values.tolist() == [51, 51 * 64]
 
@@ -115,7 +121,7 @@ def test_nan_of_any_payload_and_infinity_are_kept_beside_each_other() -> None:
 def test_ties_at_the_threshold_all_stay() -> None:
     (got,), totals = fast([torch.tensor([2.0, 1.0, 1.0, 1.0, 0.5])], 0.6)
     assert got.tolist() == [2.0, 1.0, 1.0, 1.0, 0.0]
-    assert totals.tolist() == pytest.approx([4, 7.25, 7.0])
+    assert totals.tolist() == [pytest.approx([5, 4, 7.25, 7.0])]
 
 
 def test_denormals_are_told_apart_even_if_the_cpu_flushes_them() -> None:
@@ -130,4 +136,5 @@ def test_denormals_are_told_apart_even_if_the_cpu_flushes_them() -> None:
 
 
 def test_an_empty_group_has_threshold_zero() -> None:
-    assert find_thresholds([[torch.empty(0)]], 0.5, torch.float32).tolist() == [0]
+    nothing = [torch.empty(0)]
+    assert find_thresholds(nothing, rows_of([nothing]), 0.5, torch.float32).tolist() == [0]
