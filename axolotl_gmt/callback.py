@@ -11,14 +11,13 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
 from axolotl_gmt.config import GMTConfig
 from axolotl_gmt.masker import GradientMasker
-from axolotl_gmt.shards import inner_optimizer
+from axolotl_gmt.shards import entries
 
 LOG = logging.getLogger(__name__)
 
@@ -52,7 +51,7 @@ class GMTCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: torch.nn.Module | None = None,
-        optimizer: Optimizer | None = None,
+        optimizer: object = None,
         **kwargs: Any,
     ) -> None:
         """Attach the masker to the optimizer that the trainer has made by now."""
@@ -63,7 +62,7 @@ class GMTCallback(TrainerCallback):
         self._masker = GradientMasker(model.named_parameters(remove_duplicate=False), self.config)
         self._handle = self._masker.attach(optimizer)
         if state.is_world_process_zero:
-            LOG.info(self._describe(self._masker, inner_optimizer(optimizer)))
+            LOG.info(self._describe(self._masker, optimizer))
 
     def on_log(
         self,
@@ -96,14 +95,16 @@ class GMTCallback(TrainerCallback):
             self._handle.remove()
         self._handle = None
 
-    def _describe(self, masker: GradientMasker, optimizer: Optimizer) -> str:
+    def _describe(self, masker: GradientMasker, optimizer: object) -> str:
         masked = [parameter for _, parameter in masker.masked_parameters(optimizer)]
         ratio = self.config.mask_ratio
+        while (inner := getattr(optimizer, "optimizer", None)) is not None:
+            optimizer = inner
         return (
             f"Gradient-Mask Tuning: {type(optimizer).__name__} steps with the smallest "
             f"{ratio:.4g} of the gradient entries of each {_SCOPE[self.config.granularity]} masked "
             f"({1 - ratio:.4g} kept); {len(masked)} tensors with "
-            f"{sum(parameter.numel() for parameter in masked):,} parameters are under the mask."
+            f"{sum(map(entries, masked)):,} parameters are under the mask."
         )
 
 

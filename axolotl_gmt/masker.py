@@ -11,12 +11,10 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from axolotl_gmt.config import GMTConfig, Granularity
@@ -24,10 +22,9 @@ from axolotl_gmt.shards import (
     Ranks,
     Rows,
     Shard,
-    inner_optimizer,
-    local_shard,
+    StepGradients,
     plain_name,
-    stepped_parameters,
+    step_gradients,
     sum_over_ranks,
 )
 from axolotl_gmt.threshold import common_dtype, find_thresholds, mask_below_
@@ -76,57 +73,59 @@ class GradientMasker:
         self._names: dict[Tensor, list[str]] = defaultdict(list)
         for name, parameter in named_parameters:
             self._names[parameter].append(plain_name(name))
-        self._handles: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
+        self._handles: WeakKeyDictionary[object, RemovableHandle] = WeakKeyDictionary()
         self._totals: list[Tensor] = []
 
-    def attach(self, optimizer: Optimizer) -> RemovableHandle:
+    def attach(self, optimizer: object) -> RemovableHandle:
         """Mask gradients before every ``optimizer.step()`` until ``remove()`` of the handle.
 
         Args:
-            optimizer: Any torch optimizer; of a wrapped one (Accelerate), the inner is hooked.
+            optimizer: Any torch optimizer, or Accelerate's or DeepSpeed's around one.
 
         Raises:
             ValueError: If the optimizer steps tensors that are not among the named parameters,
                 if a pattern matches none of the parameters that it steps, if the patterns leave
-                none to mask, or if this masker is already attached to the optimizer.
+                none to mask, if this masker is already attached to the optimizer, or if GMT cannot
+                be exact in this set-up.
+            TypeError: (at a step) For a gradient that cannot be masked exactly, such as a sparse
+                one.
         """
-        optimizer = inner_optimizer(optimizer)
-        masked = self.masked_parameters(optimizer)
-        self._check_patterns(optimizer)
-        if not masked:
+        gradients = step_gradients(optimizer, self._names)
+        self._check_patterns(gradients)
+        if not self._masked(gradients):
             raise ValueError(
                 "include and exclude together leave no parameter to mask. Change the patterns."
             )
-        handle = self._handles.get(optimizer)
+        handle = self._handles.get(gradients.optimizer)
         if handle is not None and handle.id in (handle.hooks_dict_ref() or ()):
             raise ValueError(
                 "This masker is already attached to this optimizer. Remove the first handle."
             )
-        self._handles[optimizer] = optimizer.register_step_pre_hook(self._before_step)
-        return self._handles[optimizer]
+        handle = gradients.before_step(lambda: self._mask(gradients))
+        self._handles[gradients.optimizer] = handle
+        return handle
 
-    def masked_parameters(self, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
+    def masked_parameters(self, optimizer: object) -> list[tuple[str, Tensor]]:
         """Name and tensor of each parameter of ``optimizer`` that is subject to masking.
 
         Raises:
             ValueError: If the optimizer steps a tensor that is not among the named parameters.
         """
+        return self._masked(step_gradients(optimizer, self._names))
+
+    def _masked(self, gradients: StepGradients) -> list[tuple[str, Tensor]]:
         include, exclude = self.config.include, self.config.exclude
         return [
             (names[0], parameter)
-            for names, parameter in stepped_parameters(optimizer, self._names)
+            for names, parameter in gradients.parameters()
             if (include is None or _matches_any(include, names))
             and (exclude is None or not _matches_any(exclude, names))
         ]
 
     @torch.no_grad()
-    def mask_gradients(self, optimizer: Optimizer) -> None:
-        """Mask, in place, the gradients that ``optimizer.step()`` would use now.
-
-        Raises:
-            TypeError: For a gradient that cannot be masked exactly, such as a sparse one.
-        """
-        shards = [local_shard(*named) for named in self.masked_parameters(optimizer)]
+    def _mask(self, gradients: StepGradients) -> None:
+        """Mask, in place, the gradients that the next step uses."""
+        shards = [gradients.shard(*named) for named in self._masked(gradients)]
         totals: dict[tuple[torch.device, Ranks], Tensor] = {}
         for dtype, groups in self._batches(shards):
             batch = [shard for group in groups for shard in group]
@@ -167,8 +166,8 @@ class GradientMasker:
             "grad_norm_kept": 1.0 if before == 0 else math.sqrt(after / before),
         }
 
-    def _check_patterns(self, optimizer: Optimizer) -> None:
-        names = [n for names, _ in stepped_parameters(optimizer, self._names) for n in names]
+    def _check_patterns(self, gradients: StepGradients) -> None:
+        names = [name for names, _ in gradients.parameters() for name in names]
         for setting in ("include", "exclude"):
             for pattern in getattr(self.config, setting) or ():
                 if not _matches_any([pattern], names):
@@ -190,25 +189,6 @@ class GradientMasker:
         for (dtype, _), batch in alike.items():
             for start in range(0, len(batch), _GROUPS_AT_ONCE):
                 yield dtype, batch[start : start + _GROUPS_AT_ONCE]
-
-    def _before_step(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        _, *positional = args
-        closure = positional[0] if positional else kwargs.get("closure")
-        if closure is None:
-            self.mask_gradients(optimizer)
-            return None
-
-        def closure_then_mask() -> Any:  # The closure makes the gradients, so masking follows it.
-            with torch.enable_grad():
-                loss = closure()
-            self.mask_gradients(optimizer)
-            return loss
-
-        if positional:
-            return (optimizer, closure_then_mask, *positional[1:]), kwargs
-        return args, {**kwargs, "closure": closure_then_mask}
 
 
 def _matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:

@@ -7,14 +7,16 @@ and sums over ranks; it knows nothing of masks, thresholds or trainers.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 # What wrappers put into parameter names: DDP and DeepSpeed, torch.compile, FSDP1, activation
 # checkpointing. Patterns and layer names must not depend on how a model is wrapped.
@@ -30,34 +32,9 @@ def plain_name(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def inner_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that steps, inside the wrappers that Accelerate puts around it."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
-
-
-def stepped_parameters(
-    optimizer: Optimizer, names: Mapping[Tensor, Sequence[str]]
-) -> Iterator[tuple[Sequence[str], Tensor]]:
-    """All names, and the tensor, of each parameter that ``optimizer`` steps.
-
-    Args:
-        optimizer: The inner optimizer.
-        names: The names of each parameter of the model.
-
-    Raises:
-        ValueError: If the optimizer steps a tensor that has no name.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter not in names:
-                raise ValueError(
-                    f"The optimizer steps a tensor of shape {tuple(parameter.shape)} that is not "
-                    "among the named parameters, so it would be stepped unmasked. Give the masker "
-                    "the named parameters of the model that the optimizer was made for."
-                )
-            yield names[parameter], parameter
+def entries(parameter: Tensor) -> int:
+    """Entries of a whole parameter, also where ZeRO-3 leaves an empty tensor in its place."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 @dataclass(frozen=True)
@@ -77,31 +54,109 @@ class Shard:
     ranks: Ranks
 
 
-def local_shard(name: str, parameter: Tensor) -> Shard:
-    """The shard of ``parameter``'s gradient in this process.
+class StepGradients:
+    """The gradients that a torch optimizer steps with.
+
+    Args:
+        optimizer: The optimizer itself, without Accelerate's wrappers.
+        names: The names of each parameter of the model.
+    """
+
+    def __init__(self, optimizer: Optimizer, names: Mapping[Tensor, Sequence[str]]) -> None:
+        self.optimizer: Any = optimizer
+        self._names = names
+
+    def parameters(self) -> Iterator[tuple[Sequence[str], Tensor]]:
+        """All names, and the tensor, of each parameter that the optimizer steps.
+
+        Raises:
+            ValueError: If the optimizer steps a tensor that has no name.
+        """
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter not in self._names:
+                    raise ValueError(
+                        f"The optimizer steps a tensor of shape {tuple(parameter.shape)} that is "
+                        "not among the named parameters, so it would be stepped unmasked. Give the "
+                        "masker the named parameters of the model that the optimizer was made for."
+                    )
+                yield self._names[parameter], parameter
+
+    def shard(self, name: str, parameter: Tensor) -> Shard:
+        """The shard of ``parameter``'s gradient in this process.
+
+        Raises:
+            TypeError: For a gradient that cannot be masked exactly: sparse, not yet reduced, or
+                not bf16, fp16, fp32 or fp64.
+        """
+        gradient = parameter.grad
+        reference = parameter if gradient is None else gradient
+        without = f"Or leave the parameter out with exclude: ['{re.escape(name)}']."
+        if reference.layout != torch.strided:
+            raise TypeError(
+                f"The gradient of {name} is sparse ({reference.layout}), which GMT cannot mask. "
+                "Create the layer without sparse gradients (nn.Embedding(..., sparse=False)). "
+                f"{without}"
+            )
+        if not (reference.is_floating_point() and reference.element_size() > 1):
+            raise TypeError(
+                f"The gradient of {name} is {reference.dtype}; GMT masks bfloat16, float16, "
+                f"float32 and float64. {without}"
+            )
+        ranks = _sharded_over(name, reference) if isinstance(reference, DTensor) else ()
+        if gradient is None:
+            local = reference.to_local() if isinstance(reference, DTensor) else reference
+            return Shard(name, local.new_empty(0), ranks)
+        return Shard(name, _local_entries(parameter, gradient), ranks)
+
+    def before_step(self, mask: Callable[[], None]) -> RemovableHandle:
+        """Call ``mask`` before each step, when the gradients are complete."""
+
+        def hook(
+            optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            _, *positional = args
+            closure = positional[0] if positional else kwargs.get("closure")
+            if closure is None:
+                mask()
+                return None
+
+            def closure_then_mask() -> Any:  # A closure makes the gradients, so masking follows it.
+                with torch.enable_grad():
+                    loss = closure()
+                mask()
+                return loss
+
+            if positional:
+                return (optimizer, closure_then_mask, *positional[1:]), kwargs
+            return args, {**kwargs, "closure": closure_then_mask}
+
+        handle: RemovableHandle = self.optimizer.register_step_pre_hook(hook)
+        return handle
+
+
+def step_gradients(optimizer: object, names: Mapping[Tensor, Sequence[str]]) -> StepGradients:
+    """The gradients of ``optimizer``, which may be wrapped by Accelerate or made by DeepSpeed.
 
     Raises:
-        TypeError: For a gradient that cannot be masked exactly: sparse, not yet reduced, or not
-            bf16, fp16, fp32 or fp64.
+        ValueError: For a way to train in which GMT cannot be exact, with what to use instead.
     """
-    gradient = parameter.grad
-    reference = parameter if gradient is None else gradient
-    without = f"Or leave the parameter out with exclude: ['{re.escape(name)}']."
-    if reference.layout != torch.strided:
-        raise TypeError(
-            f"The gradient of {name} is sparse ({reference.layout}), which GMT cannot mask. Create "
-            f"the layer without sparse gradients (nn.Embedding(..., sparse=False)). {without}"
+    if any("_fsdp_wrapped_module." in name for group in names.values() for name in group):
+        raise ValueError(
+            "GMT does not train with FSDP1, whose flat parameters hide which entries are whose. "
+            "Set fsdp_version: 2."
         )
-    if not (reference.is_floating_point() and reference.element_size() > 1):
-        raise TypeError(
-            f"The gradient of {name} is {reference.dtype}; GMT masks bfloat16, float16, float32 "
-            f"and float64. {without}"
-        )
-    ranks = _sharded_over(name, reference) if isinstance(reference, DTensor) else ()
-    if gradient is None:
-        local = reference.to_local() if isinstance(reference, DTensor) else reference
-        return Shard(name, local.new_empty(0), ranks)
-    return Shard(name, _local_entries(parameter, gradient), ranks)
+    while not (made_by_deepspeed := type(optimizer).__module__.startswith("deepspeed.")):
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is None:
+            break
+        optimizer = inner
+    if made_by_deepspeed:
+        from axolotl_gmt.zero import ZeroGradients
+
+        return ZeroGradients(optimizer, names)
+    assert isinstance(optimizer, Optimizer)
+    return StepGradients(optimizer, names)
 
 
 def _sharded_over(name: str, tensor: DTensor) -> Ranks:

@@ -1,0 +1,138 @@
+"""Where a gradient lives under DeepSpeed ZeRO: in a slice of a flat partition.
+
+Part of :mod:`axolotl_gmt.shards`, apart from it because only a run with DeepSpeed imports it.
+
+ZeRO steps its inner optimizer once for each parameter group (stages 1 and 2) or sub-group (stage
+3), and makes each group's fp32 gradient only just before, so no hook on the inner optimizer sees
+the whole gradient. DeepSpeed has no hook between the gradient norm and the first of these steps,
+but calls its own ``unscale_and_clip_grads`` for each group there. That method is replaced on the
+one optimizer instance: its first call of a step masks the gradients of all groups, before they
+are unscaled and clipped (by one common factor, which cannot change which entries win).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from axolotl_gmt.shards import Ranks, Shard, StepGradients
+
+# What is read of DeepSpeed's optimizers, none of it public.
+_STAGE_1_AND_2 = ("bit16_groups", "single_partition_of_fp32_groups", "real_dp_process_group")
+_STAGE_3 = ("fp16_groups", "fp32_partitioned_groups_flat", "grad_position", "averaged_gradients")
+
+
+class ZeroGradients(StepGradients):
+    """The gradients that a ZeRO optimizer (stage 1, 2 or 3) steps with.
+
+    Args:
+        optimizer: DeepSpeed's ``DeepSpeedZeroOptimizer`` or ``DeepSpeedZeroOptimizer_Stage3``.
+        names: The names of each parameter of the model.
+
+    Raises:
+        ValueError: If this is another optimizer of DeepSpeed's, or a version that keeps its
+            gradients elsewhere.
+    """
+
+    def __init__(self, optimizer: Any, names: Mapping[Tensor, Sequence[str]]) -> None:
+        super().__init__(optimizer, names)
+        self._stage_3 = all(hasattr(optimizer, name) for name in _STAGE_3)
+        if not hasattr(optimizer, "unscale_and_clip_grads") or not (
+            self._stage_3 or all(hasattr(optimizer, name) for name in _STAGE_1_AND_2)
+        ):
+            raise ValueError(
+                f"GMT cannot mask under DeepSpeed's {type(optimizer).__name__}. Use ZeRO stage 1, "
+                "2 or 3 with a DeepSpeed that GMT is tested with (0.19)."
+            )
+        if getattr(optimizer, "swap_optimizer", False):
+            raise ValueError(
+                "GMT cannot mask under DeepSpeed with the optimizer offloaded to NVMe, since the "
+                "gradients are never in memory together. Set offload_optimizer.device: cpu."
+            )
+        groups = optimizer.fp16_groups if self._stage_3 else optimizer.bit16_groups
+        self._groups: list[list[Tensor]] = groups
+        self._place = {
+            parameter: (index, position)
+            for index, group in enumerate(groups)
+            for position, parameter in enumerate(group)
+        }
+
+    def parameters(self) -> Iterator[tuple[Sequence[str], Tensor]]:
+        """All names, and the tensor, of each parameter that ZeRO steps."""
+        for parameter in self._place:
+            yield self._names[parameter], parameter
+
+    def shard(self, name: str, parameter: Any) -> Shard:
+        """The slice of this process's partitions that holds ``parameter``'s gradient.
+
+        Padding, which ZeRO adds to make partitions equal, is no part of it.
+        """
+        if self._stage_3:
+            return Shard(name, *self._stage_3_entries(parameter))
+        return Shard(name, *self._stage_1_and_2_entries(parameter))
+
+    def _stage_1_and_2_entries(self, parameter: Any) -> tuple[Tensor, Ranks]:
+        index = next(
+            i for i, group in enumerate(self._groups) if any(p is parameter for p in group)
+        )
+        ranks = _more_than_one(self.optimizer.real_dp_process_group[index])
+        partition = self.optimizer.single_partition_of_fp32_groups[index]
+        mapping = parameter._hp_mapping
+        if mapping is None:  # All of it lies on other ranks.
+            return partition.new_empty(0), ranks
+        if partition.grad is not None:
+            address = mapping.get_hp_fragment_address()
+            return partition.grad.narrow(0, address.start, address.numel), ranks
+        fragment = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
+        return fragment.view(-1), ranks
+
+    def _stage_3_entries(self, parameter: Any) -> tuple[Tensor, Ranks]:
+        zero = self.optimizer
+        index, position = self._place[parameter]
+        _, start, padded = zero.grad_position[zero.get_param_id(parameter)]
+        group = parameter.ds_process_group
+        held = max(0, min(padded, parameter.ds_numel - dist.get_rank(group) * padded))
+        partition = zero.fp32_partitioned_groups_flat[index]
+        if partition.grad is not None:
+            local = partition.grad.narrow(0, start, held)
+        else:
+            local = zero.averaged_gradients[index][position].view(-1)[:held]
+        return local, _more_than_one(group)
+
+    def before_step(self, mask: Callable[[], None]) -> RemovableHandle:
+        """Call ``mask`` once a step, when the norm is known and nothing is unscaled yet."""
+        hooks: OrderedDict[int, Callable[[], None]] = _hooks_of(self.optimizer, len(self._groups))
+        handle = RemovableHandle(hooks)
+        hooks[handle.id] = mask
+        return handle
+
+
+def _hooks_of(optimizer: Any, calls_of_a_step: int) -> OrderedDict[int, Callable[[], None]]:
+    """What a replaced ``unscale_and_clip_grads`` calls first in each step; replaces it once."""
+    original = optimizer.unscale_and_clip_grads
+    if hasattr(original, "gmt_hooks"):
+        found: OrderedDict[int, Callable[[], None]] = original.gmt_hooks
+        return found
+    hooks: OrderedDict[int, Callable[[], None]] = OrderedDict()
+    calls = 0
+
+    def unscale_and_clip_grads(*args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        if calls % calls_of_a_step == 0:
+            for hook in hooks.values():
+                hook()
+        calls += 1
+        original(*args, **kwargs)
+
+    unscale_and_clip_grads.gmt_hooks = hooks  # type: ignore[attr-defined]
+    optimizer.unscale_and_clip_grads = unscale_and_clip_grads
+    return hooks
+
+
+def _more_than_one(group: dist.ProcessGroup) -> Ranks:
+    return (group,) if dist.get_world_size(group) > 1 else ()

@@ -1,0 +1,382 @@
+"""What one rank does: trains a small model sharded in some way and compares every mask and weight
+with one process that holds the whole gradient.
+
+Run by torchrun: ``worker.py CASE``. Each case prints nothing and exits 0, or raises.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from axolotl_gmt import GMTConfig, GradientMasker
+from axolotl_gmt.masker import group_name
+from tests.reference.gmt_reference import masked
+
+GRANULARITIES = ("tensor", "layer", "global")
+STEPS = 3
+LR = 2.0**-7  # a power of two: exact, and small enough to keep the model finite
+
+
+def expected_step(
+    gradients: dict[str, Tensor], mask_ratio: float, granularity: Any
+) -> dict[str, Tensor]:
+    """The masked gradients that one process finds, by sorting."""
+    result: dict[str, Tensor] = {}
+    groups: dict[str, list[str]] = {}
+    for name in gradients:
+        groups.setdefault(group_name(name, granularity), []).append(name)
+    for names in groups.values():
+        survivors = masked([gradients[name] for name in names], mask_ratio)
+        result.update(zip(names, survivors, strict=True))
+    return result
+
+
+def full(tensor: Tensor) -> Tensor:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().clone()
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))
+        return result
+
+
+class Toy(nn.Module):
+    """Odd sizes, so that shards are uneven, and tensors smaller than the number of ranks."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32, hidden: int = 13) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 7)
+        self.layers = nn.ModuleList([Block(7, hidden) for _ in range(2)])
+        self.scale = nn.Parameter(torch.ones(3))
+        self.head = nn.Linear(7, 5)
+        self.to(dtype)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        result: Tensor = self.head(x) * self.scale.float().mean().to(x.dtype)
+        return result
+
+
+def batch(step: int, rank: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randint(0, 11, (4, 6), generator=generator)
+
+
+def loss_of(output: Tensor) -> Tensor:
+    return output.float().square().sum()
+
+
+def check_steps(
+    model: nn.Module,
+    mask_ratio: float,
+    granularity: Any,
+    backward: Callable[[int], None],
+) -> None:
+    """Compare gradients after masking, and weights after SGD steps, with the reference."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    config = GMTConfig(mask_ratio=mask_ratio, granularity=granularity)
+    masker = GradientMasker(model.named_parameters(), config)
+    masker.attach(optimizer)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        backward(step)
+        before = {name: full(p) for name, p in model.named_parameters()}
+        gradients = {
+            name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None
+        }
+        expected = expected_step(gradients, mask_ratio, granularity)
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            if name not in expected:
+                continue
+            assert parameter.grad is not None
+            assert torch.equal(full(parameter.grad), expected[name]), (granularity, step, name)
+            assert torch.equal(full(parameter), before[name] - LR * expected[name]), name
+        statistics = masker.statistics()
+        entries = sum(tensor.numel() for tensor in gradients.values())
+        kept = sum(int(tensor.count_nonzero()) for tensor in expected.values())
+        assert statistics["kept_fraction"] == kept / entries, (statistics, kept / entries)
+        whole = torch.cat([g.flatten().double() for g in gradients.values()]).norm()
+        part = torch.cat([g.flatten().double() for g in expected.values()]).norm()
+        assert abs(statistics["grad_norm_kept"] - float(part / whole)) < 1e-6
+
+
+def every_setting(check: Callable[[float, Any], None]) -> None:
+    for granularity in GRANULARITIES:
+        for mask_ratio in (0.0, 0.5, 0.93):
+            check(mask_ratio, granularity)
+
+
+def ddp() -> None:
+    def check(mask_ratio: float, granularity: Any) -> None:
+        model = nn.parallel.DistributedDataParallel(Toy(), find_unused_parameters=False)
+        check_steps(
+            model,
+            mask_ratio,
+            granularity,
+            lambda step: loss_of(model(batch(step, dist.get_rank()))).backward(),
+        )
+
+    every_setting(check)
+
+
+def fully_sharded(mesh: DeviceMesh, dtype: torch.dtype = torch.float32, **settings: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    def check(mask_ratio: float, granularity: Any) -> None:
+        model = Toy(dtype)
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh, **settings)
+        fully_shard(model, mesh=mesh, **settings)
+        check_steps(
+            model,
+            mask_ratio,
+            granularity,
+            lambda step: loss_of(model(batch(step, dist.get_rank()))).backward(),
+        )
+
+    every_setting(check)
+
+
+def fsdp2() -> None:
+    fully_sharded(init_device_mesh("cpu", (dist.get_world_size(),)))
+
+
+def fsdp2_bf16() -> None:
+    fully_sharded(init_device_mesh("cpu", (dist.get_world_size(),)), torch.bfloat16)
+
+
+def fsdp2_mixed_precision() -> None:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_sharded(init_device_mesh("cpu", (dist.get_world_size(),)), mp_policy=policy)
+
+
+def fsdp2_cpu_offload() -> None:
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    policy = CPUOffloadPolicy(pin_memory=False)
+    fully_sharded(init_device_mesh("cpu", (dist.get_world_size(),)), offload_policy=policy)
+
+
+def hsdp() -> None:
+    fully_sharded(init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> None:
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    for layer in model.layers:  # type: ignore[union-attr]
+        parallelize_module(layer, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+
+
+def tp() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+    def check(mask_ratio: float, granularity: Any) -> None:
+        model = Toy(hidden=12)  # torch's tensor parallel layers want even shards
+        tensor_parallel(model, mesh)
+        # Every rank works on the same batch; norms and head are whole on each.
+        check_steps(
+            model, mask_ratio, granularity, lambda step: loss_of(model(batch(step, 0))).backward()
+        )
+
+    every_setting(check)
+
+
+def fsdp2_and_tp() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+
+    def check(mask_ratio: float, granularity: Any) -> None:
+        model = Toy(hidden=12)  # torch's tensor parallel layers want even shards
+        tensor_parallel(model, mesh["tp"])
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh["fsdp"])
+        fully_shard(model, mesh=mesh["fsdp"])
+        row = mesh.get_local_rank("fsdp")
+        check_steps(
+            model, mask_ratio, granularity, lambda step: loss_of(model(batch(step, row))).backward()
+        )
+
+    every_setting(check)
+
+
+def zero(stage: int, dtype: torch.dtype = torch.float32, **config: Any) -> None:
+    """A DeepSpeed engine with two parameter groups, as trainers make them."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    clip = config.pop("gradient_clipping", 0.0)
+    for granularity in GRANULARITIES:
+        for mask_ratio in (0.0, 0.5, 0.93):
+            model, plain = Toy(dtype), Toy(dtype)
+            names = list(model.named_parameters())
+            groups = [
+                {"params": [p for _, p in names if p.dim() > 1]},
+                {"params": [p for _, p in names if p.dim() == 1]},
+            ]
+            engine, optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=torch.optim.SGD(groups, lr=LR),
+                config={
+                    "train_micro_batch_size_per_gpu": 4,
+                    "gradient_clipping": clip,
+                    "bf16": {"enabled": dtype == torch.bfloat16},
+                    "zero_optimization": {"stage": stage, **config},
+                    "zero_force_ds_cpu_optimizer": False,
+                    "zero_allow_untested_optimizer": True,
+                },
+            )
+            masker = GradientMasker(
+                engine.module.named_parameters(),
+                GMTConfig(mask_ratio=mask_ratio, granularity=granularity),
+            )
+            masker.attach(optimizer)
+            for step in range(STEPS):
+                with torch.no_grad():
+                    before = {name: safe_get_full_fp32_param(p).clone() for name, p in names}
+                    for name, parameter in plain.named_parameters():
+                        parameter.copy_(before[name].view_as(parameter))
+                plain.zero_grad()
+                loss_of(plain(batch(step, dist.get_rank()))).backward()
+                gradients = {}
+                for name, parameter in plain.named_parameters():
+                    assert parameter.grad is not None
+                    dist.all_reduce(parameter.grad)
+                    gradients[name] = parameter.grad / dist.get_world_size()
+                expected = expected_step(gradients, mask_ratio, granularity)
+                engine.backward(loss_of(engine(batch(step, dist.get_rank()))))
+                engine.step()
+                norm = torch.cat([g.flatten().float() for g in gradients.values()]).norm()
+                factor = 1.0 if clip == 0 else min(1.0, clip / float(norm))
+                assert clip == 0 or factor < 1
+                for name, parameter in names:
+                    old = before[name].view_as(expected[name])
+                    new = safe_get_full_fp32_param(parameter).view_as(old)
+                    if clip == 0:
+                        wanted = old - LR * expected[name].float()
+                        assert torch.equal(new, wanted), (granularity, mask_ratio, step, name)
+                    else:
+                        dropped = expected[name] == 0
+                        assert torch.equal(new[dropped], old[dropped]), (granularity, name)
+                        moved = LR * factor * expected[name].float()
+                        torch.testing.assert_close(old - new, moved, atol=1e-6, rtol=1e-3)
+                entries = sum(tensor.numel() for tensor in gradients.values())
+                kept = sum(int(tensor.count_nonzero()) for tensor in expected.values())
+                assert masker.statistics()["kept_fraction"] == kept / entries
+            engine.destroy()
+
+
+def zero_1() -> None:
+    zero(1)
+
+
+def zero_2() -> None:
+    zero(2)
+
+
+def zero_3() -> None:
+    zero(3, sub_group_size=100, stage3_param_persistence_threshold=0)
+
+
+def zero_2_bf16() -> None:
+    zero(2, torch.bfloat16)
+
+
+def zero_3_bf16() -> None:
+    zero(3, torch.bfloat16, sub_group_size=100)
+
+
+def zero_1_clipped() -> None:
+    zero(1, gradient_clipping=0.5)
+
+
+def zero_2_clipped() -> None:
+    zero(2, gradient_clipping=0.5)
+
+
+def zero_3_clipped() -> None:
+    zero(3, gradient_clipping=0.5, sub_group_size=100)
+
+
+def zero_2_cpu_offload() -> None:
+    zero(2, offload_optimizer={"device": "cpu"})
+
+
+def zero_3_cpu_offload() -> None:
+    zero(3, offload_optimizer={"device": "cpu"}, sub_group_size=100)
+
+
+CASES = {
+    case.__name__: case
+    for case in (
+        ddp,
+        fsdp2,
+        fsdp2_bf16,
+        fsdp2_mixed_precision,
+        fsdp2_cpu_offload,
+        hsdp,
+        tp,
+        fsdp2_and_tp,
+        zero_1,
+        zero_2,
+        zero_3,
+        zero_2_bf16,
+        zero_3_bf16,
+        zero_1_clipped,
+        zero_2_clipped,
+        zero_3_clipped,
+        zero_2_cpu_offload,
+        zero_3_cpu_offload,
+    )
+}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if any(name.startswith("zero") for name in sys.argv):
+        import deepspeed
+
+        deepspeed.init_distributed("gloo")
+    else:
+        dist.init_process_group("gloo")
+    try:
+        for name in sys.argv[1:]:
+            CASES[name]()
+            if dist.get_rank() == 0:
+                print(f"ok {name}", flush=True)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
