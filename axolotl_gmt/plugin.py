@@ -7,6 +7,8 @@ is where ``optimizer: gmt`` becomes the base optimizer and every bad setting is 
 from __future__ import annotations
 
 import difflib
+import json
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from axolotl.integrations.base import BasePlugin, PluginManager, normalize_plugin_name
@@ -19,6 +21,7 @@ from transformers.training_args import OptimizerNames
 
 from axolotl_gmt.callback import GMTCallback
 from axolotl_gmt.config import GMTConfig, explain
+from axolotl_gmt.zero import check_deepspeed_config
 
 # Axolotl shows INFO of loggers whose name starts with "axolotl"; this sets the package's level.
 LOG = get_logger("axolotl_gmt")
@@ -105,6 +108,7 @@ class GMTPlugin(BasePlugin):
         if enabled:
             read_config(cfg)
             _check_exposes_gradients(cfg)
+            _check_distribution(cfg)
             cfg["gmt_enabled"] = True
 
     def get_input_args(self) -> str:
@@ -204,4 +208,24 @@ def _check_exposes_gradients(cfg: DictDefault) -> None:
             f"{key}: {optimizer!r} updates each weight during the backward pass, so there is never "
             f"a whole gradient to mask. Set another one, such as {DEFAULT_BASE_OPTIMIZER}"
             + (f" or {optimizer.removesuffix('_layerwise')}." if "layerwise" in optimizer else ".")
+        )
+
+
+def _check_distribution(cfg: DictDefault) -> None:
+    """Refuse ways to shard in which a mask cannot be exact, or is untested."""
+    deepspeed = cfg.get("deepspeed")
+    if isinstance(deepspeed, str) and Path(deepspeed).is_file():
+        deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+    if isinstance(deepspeed, dict):
+        check_deepspeed_config(deepspeed)
+    if cfg.get("deepspeed") and cfg.get("deepcompile"):
+        raise ValueError(
+            "deepcompile: True compiles DeepSpeed's gradient path, where GMT cannot mask. Set "
+            "deepcompile: false."
+        )
+    experts = cfg.get("expert_parallel_size") or 1
+    if experts != 1:
+        raise ValueError(
+            f"expert_parallel_size: {experts!r} keeps other experts on each rank in plain tensors, "
+            "of which GMT would mask each rank's alone. Remove it, and shard with FSDP2 or ZeRO-3."
         )

@@ -27,6 +27,42 @@ _STAGE_1_AND_2 = ("bit16_groups", "single_partition_of_fp32_groups", "real_dp_pr
 _STAGE_3 = ("fp16_groups", "fp32_partitioned_groups_flat", "grad_position", "averaged_gradients")
 
 
+# They send something else than gradients between ranks, or turn them into updates beforehand.
+_REFUSED_OPTIMIZERS = {"onebitadam", "zerooneadam", "onebitlamb", "muon"}
+
+
+def check_deepspeed_config(config: Mapping[str, Any]) -> None:
+    """Refuse a DeepSpeed config under which GMT cannot be exact.
+
+    Args:
+        config: What DeepSpeed's JSON file holds.
+
+    Raises:
+        ValueError: Naming the key in that file, its value and what to set instead.
+    """
+    zero = config.get("zero_optimization") or {}
+    optimizer = str((config.get("optimizer") or {}).get("type", "")).lower()
+    offload = (zero.get("offload_optimizer") or {}).get("device")
+    if zero.get("stage") not in (1, 2, 3):
+        key, value, fix = "zero_optimization.stage", zero.get("stage"), "Set 1, 2 or 3."
+    elif offload == "nvme":
+        key, value, fix = "zero_optimization.offload_optimizer.device", offload, "Set cpu."
+    elif optimizer in _REFUSED_OPTIMIZERS:
+        key, value, fix = "optimizer.type", optimizer, "Set AdamW, or remove optimizer."
+    elif zero.get("mics_shard_size", -1) > 0:
+        key, value, fix = "zero_optimization.mics_shard_size", zero["mics_shard_size"], "Remove it."
+    elif zero.get("zenflow"):
+        key, value, fix = "zero_optimization.zenflow", zero["zenflow"], "Remove it."
+    elif (config.get("compile") or {}).get("deepcompile"):
+        key, value, fix = "compile.deepcompile", True, "Set false."
+    else:
+        return
+    raise ValueError(
+        f"deepspeed: GMT cannot choose its mask exactly with {key}: {value!r} of the DeepSpeed "
+        f"config. {fix}"
+    )
+
+
 class ZeroGradients(StepGradients):
     """The gradients that a ZeRO optimizer (stage 1, 2 or 3) steps with.
 
@@ -83,13 +119,15 @@ class ZeroGradients(StepGradients):
         ranks = _more_than_one(self.optimizer.real_dp_process_group[index])
         partition = self.optimizer.single_partition_of_fp32_groups[index]
         mapping = parameter._hp_mapping
-        if mapping is None:  # All of it lies on other ranks.
-            return partition.new_empty(0), ranks
-        if partition.grad is not None:
+        if partition.grad is not None:  # This group is being stepped.
+            if mapping is None:
+                return partition.grad[:0], ranks
             address = mapping.get_hp_fragment_address()
             return partition.grad.narrow(0, address.start, address.numel), ranks
-        fragment = mapping.get_lp_grad_fragment(parameter._index_in_param_group)
-        return fragment.view(-1), ranks
+        if mapping is None:  # Empty, of the dtype that it has on the ranks which hold it.
+            dtype = self.optimizer.gradient_accumulation_dtype
+            return partition.new_empty(0, dtype=dtype), ranks
+        return mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1), ranks
 
     def _stage_3_entries(self, parameter: Any) -> tuple[Tensor, Ranks]:
         zero = self.optimizer

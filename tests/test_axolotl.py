@@ -18,6 +18,15 @@ from axolotl_gmt import GMTCallback
 from tests.conftest import Run, RunAxolotl
 from tests.reference.gmt_reference import masked
 
+LORA: dict[str, Any] = {
+    "adapter": "lora",
+    "lora_r": 4,
+    "lora_alpha": 8,
+    "lora_target_linear": True,
+    "lora_qkv_kernel": False,  # Triton kernels, which need a GPU
+    "lora_o_kernel": False,
+    "lora_mlp_kernel": False,
+}
 LAYERS = ("model.layers.0.", "model.layers.1.")
 
 
@@ -190,13 +199,7 @@ def test_lora_masks_the_adapter_and_nothing_else(
     run = run_axolotl(
         sft_yaml,
         plugins=["axolotl_gmt"],
-        adapter="lora",
-        lora_r=4,
-        lora_alpha=8,
-        lora_target_linear=True,
-        lora_qkv_kernel=False,  # Triton kernels, which need a GPU
-        lora_o_kernel=False,
-        lora_mlp_kernel=False,
+        **LORA,
         gmt_granularity="layer",
         gmt_include=r"layers\.1\.",
     )
@@ -204,6 +207,23 @@ def test_lora_masks_the_adapter_and_nothing_else(
     assert all("lora_" in name for name in run.weights)
     assert "14 tensors" in caplog.text
     assert all("lora_" in name for gradients in run.gradients for name in gradients)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {**LORA, "adapter": "qlora", "load_in_4bit": True, "bf16": True},
+        {**LORA, "loraplus_lr_ratio": 16},
+        {"embedding_lr_scale": 0.5},
+        {"lr_groups": [{"name": "down", "modules": ["down_proj"], "lr": 1e-4}]},
+    ],
+    ids=["qlora", "lora+", "embedding lr", "lr groups"],
+)
+def test_parameter_groups_of_axolotl(
+    run_axolotl: RunAxolotl, sft_yaml: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    plugins = ["axolotl_gmt", "tests.use_cpu.UseCpu"]
+    assert_masked_like_reference(run_axolotl(sft_yaml, plugins=plugins, max_steps=2, **settings))
 
 
 def test_bf16(run_axolotl: RunAxolotl, sft_yaml: dict[str, Any]) -> None:

