@@ -48,13 +48,20 @@ def reference_step(
     return result
 
 
-def assert_masked_like_reference(run: Run, mask_ratio: float = 0.5) -> None:
+def assert_masked_like_reference(
+    run: Run, mask_ratio: float = 0.5, optimizer_rescales_gradients: bool = False
+) -> None:
     assert run.gradients, "the run made no optimizer step"
     expected = []
-    for gradients in run.gradients:
-        survivors = reference_step(gradients, mask_ratio).values()
-        kept = sum(int(survivor.count_nonzero()) for survivor in survivors)
-        expected.append(kept / sum(survivor.numel() for survivor in survivors))
+    for gradients, left in zip(run.gradients, run.masked, strict=True):
+        survivors = reference_step(gradients, mask_ratio)
+        for name, survivor in survivors.items():
+            if optimizer_rescales_gradients:  # in place, entry by entry
+                assert torch.equal(left[name] != 0, survivor != 0), name
+            else:
+                assert torch.equal(left[name], survivor), name
+        kept = sum(int(survivor.count_nonzero()) for survivor in survivors.values())
+        expected.append(kept / sum(survivor.numel() for survivor in survivors.values()))
     assert run.kept_fractions == pytest.approx(expected, abs=1e-4)  # logs are rounded
 
 
@@ -300,7 +307,7 @@ def test_grpo(
 def test_base_optimizers(run_axolotl: RunAxolotl, sft_yaml: dict[str, Any], base: str) -> None:
     run = run_axolotl(sft_yaml, optimizer="gmt", gmt_base_optimizer=base, max_steps=2)
     assert run.config.optimizer == base
-    assert_masked_like_reference(run)
+    assert_masked_like_reference(run, optimizer_rescales_gradients=base == "schedule_free_adamw")
 
 
 def axolotl_train(file: Path) -> subprocess.CompletedProcess[str]:

@@ -25,7 +25,6 @@ def test_axolotl(processes: int, sft_yaml: dict[str, Any], tmp_path: Path) -> No
             "save_steps": 2,
             "gradient_accumulation_steps": 1,
             "output_dir": str(tmp_path / name),
-            "dataset_prepared_path": str(tmp_path / "prepared"),
             **changes,
         }
         file.write_text(yaml.safe_dump(settings))

@@ -88,7 +88,6 @@ def test_one_sgd_step_of_axolotl_in_two_ddp_processes(
         "weight_decay": 0.0,
         "max_steps": 1,
         "output_dir": str(tmp_path / "out"),
-        "dataset_prepared_path": str(tmp_path / "prepared"),
     }
     file, record = tmp_path / "sft.yml", tmp_path / "gradients.pt"
     file.write_text(yaml.safe_dump(settings))
