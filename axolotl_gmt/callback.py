@@ -101,14 +101,10 @@ class GMTCallback(TrainerCallback):
         while (inner := getattr(optimizer, "optimizer", None)) is not None:
             optimizer = inner
         return (
-            f"Gradient-Mask Tuning: {type(optimizer).__name__} steps with the smallest "
-            f"{ratio:.4g} of the gradient entries of each {_SCOPE[self.config.granularity]} masked "
-            f"({1 - ratio:.4g} kept); {len(masked)} tensors with "
-            f"{sum(map(entries, masked)):,} parameters are under the mask."
+            f"Gradient-Mask Tuning: base optimizer {type(optimizer).__name__}, ratio masked "
+            f"{ratio:.4g} (kept {1 - ratio:.4g}), granularity {self.config.granularity}; "
+            f"{len(masked)} tensors with {sum(map(entries, masked)):,} parameters under the mask."
         )
-
-
-_SCOPE = {"tensor": "tensor", "layer": "layer", "global": "step"}
 
 
 def _move_to_front(callback: GMTCallback) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -94,6 +95,7 @@ class GMTPlugin(BasePlugin):
         Raises:
             ValueError: For a bad setting, naming key, value and fix.
         """
+        _check_command_line(sys.argv)
         _check_keys(cfg)
         listed = {normalize_plugin_name(name) for name in cfg.get("plugins") or []}
         sugar = cfg.get("optimizer") == "gmt"
@@ -139,6 +141,18 @@ def read_config(cfg: DictDefault) -> GMTConfig:
         return GMTConfig(**settings)
     except ValidationError as error:
         raise ValueError(explain(error, PREFIX)) from None
+
+
+def _check_command_line(arguments: list[str]) -> None:
+    """Refuse ``--gmt-...`` options: Axolotl drops what its own schema lacks without a word."""
+    for argument in arguments:
+        option, _, value = argument.partition("=")
+        if option.startswith(("--gmt-", "--gmt_")):
+            key = option.removeprefix("--").replace("-", "_")
+            raise ValueError(
+                f"{argument}: Axolotl's command line drops the keys of plugins. Write "
+                f"{key}: {value or '...'} into the YAML file."
+            )
 
 
 def _set_keys(cfg: DictDefault) -> list[str]:

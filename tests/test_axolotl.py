@@ -109,10 +109,9 @@ def test_one_log_line_says_what_runs(
 ) -> None:
     run_axolotl(sft_yaml, plugins=["axolotl_gmt"], gmt_mask_ratio=0.75, gmt_exclude="norm")
     (line,) = [r.getMessage() for r in caplog.records if "Gradient-Mask Tuning" in r.getMessage()]
-    assert "AdamW" in line
-    assert "0.75" in line
-    assert "0.25 kept" in line
-    assert "of each tensor" in line
+    assert "base optimizer AdamW" in line
+    assert "ratio masked 0.75 (kept 0.25)" in line
+    assert "granularity tensor" in line
     assert "16 tensors" in line  # 2 layers of 7 matrices, the embedding and the head
     assert f"{2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64) + 2 * 258 * 32:,} parameters" in line
 
@@ -327,7 +326,7 @@ def test_the_bare_name_works_on_the_command_line(sft_yaml: dict[str, Any], tmp_p
     file.write_text(yaml.safe_dump(settings))
     result = axolotl_train(file)
     assert result.returncode == 0, result.stderr
-    assert "Gradient-Mask Tuning: AdamW" in result.stdout
+    assert "Gradient-Mask Tuning: base optimizer AdamW" in result.stdout
     assert "gmt/kept_fraction" in result.stdout + result.stderr
 
 

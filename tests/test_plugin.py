@@ -229,6 +229,15 @@ def test_what_axolotl_refuses_of_a_base_optimizer_it_refuses_under_gmt(
             validate_config(cfg)
 
 
+@pytest.mark.parametrize("option", ["--gmt-mask-ratio=0.7", "--gmt_mask_ratio"])
+def test_keys_on_the_command_line_are_refused_not_dropped(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["axolotl", "train", "sft.yml", option, "0.7"])
+    with pytest.raises(ValueError, match=r"^--gmt.mask.ratio.*Write gmt_mask_ratio: .*YAML file"):
+        prepared(optimizer="gmt")
+
+
 def test_the_keys_survive_the_trip_to_a_ray_worker(sft_yaml: dict[str, Any]) -> None:
     settings = {"optimizer": "gmt", "gmt_base_optimizer": "sgd", "gmt_mask_ratio": 0.3}
     driver = DictDefault({**sft_yaml, **settings, "gmt_include": "mlp", "gmt_granularity": "layer"})
