@@ -18,6 +18,7 @@ from transformers.trainer_callback import CallbackHandler
 from axolotl_gmt.config import GMTConfig
 from axolotl_gmt.masker import GradientMasker
 from axolotl_gmt.shards import entries
+from axolotl_gmt.zero import check_deepspeed_config
 
 LOG = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ class GMTCallback(TrainerCallback):
         """Attach the masker to the optimizer that the trainer has made by now."""
         assert model is not None
         assert optimizer is not None
+        deepspeed = getattr(args, "hf_deepspeed_config", None)
+        if deepspeed is not None:
+            check_deepspeed_config(deepspeed.config)
         _move_to_front(self)
         self._detach()
         self._masker = GradientMasker(model.named_parameters(remove_duplicate=False), self.config)
@@ -76,6 +80,12 @@ class GMTCallback(TrainerCallback):
         if self._masker is None or logs is None or "loss" not in logs:
             return
         statistics = {f"gmt/{key}": value for key, value in self._masker.statistics().items()}
+        if not statistics and state.is_world_process_zero:
+            LOG.warning(
+                "GMT has masked nothing so far: no step of the optimizer has shown a gradient. "
+                "Unless a gradient scaler skipped every step, use an optimizer that does not step "
+                "inside the backward pass."
+            )
         logs.update(statistics)
         if state.log_history:  # The trainer copied the log there before it called this.
             state.log_history[-1].update(statistics)

@@ -74,6 +74,7 @@ class GradientMasker:
         for name, parameter in named_parameters:
             self._names[parameter].append(plain_name(name))
         self._handles: WeakKeyDictionary[object, RemovableHandle] = WeakKeyDictionary()
+        self._selected: dict[Tensor, bool] = {}
         self._totals: list[Tensor] = []
 
     def attach(self, optimizer: object) -> RemovableHandle:
@@ -115,12 +116,15 @@ class GradientMasker:
 
     def _masked(self, gradients: StepGradients) -> list[tuple[str, Tensor]]:
         include, exclude = self.config.include, self.config.exclude
-        return [
-            (names[0], parameter)
-            for names, parameter in gradients.parameters()
-            if (include is None or _matches_any(include, names))
-            and (exclude is None or not _matches_any(exclude, names))
-        ]
+        masked = []
+        for names, parameter in gradients.parameters():
+            if parameter not in self._selected:
+                self._selected[parameter] = (include is None or _matches_any(include, names)) and (
+                    exclude is None or not _matches_any(exclude, names)
+                )
+            if self._selected[parameter]:
+                masked.append((names[0], parameter))
+        return masked
 
     @torch.no_grad()
     def _mask(self, gradients: StepGradients) -> None:

@@ -95,7 +95,6 @@ class GMTPlugin(BasePlugin):
         Raises:
             ValueError: For a bad setting, naming key, value and fix.
         """
-        _check_command_line(sys.argv)
         _check_keys(cfg)
         listed = {normalize_plugin_name(name) for name in cfg.get("plugins") or []}
         sugar = cfg.get("optimizer") == "gmt"
@@ -108,6 +107,7 @@ class GMTPlugin(BasePlugin):
             _check_nothing_is_set(cfg, sugar)
         _put_base_optimizer(cfg)
         if enabled:
+            _check_command_line(sys.argv)
             read_config(cfg)
             _check_exposes_gradients(cfg)
             _check_distribution(cfg)
@@ -229,13 +229,24 @@ def _check_distribution(cfg: DictDefault) -> None:
     """Refuse ways to shard in which a mask cannot be exact, or is untested."""
     deepspeed = cfg.get("deepspeed")
     if isinstance(deepspeed, str) and Path(deepspeed).is_file():
-        deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+        try:
+            deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"deepspeed: {deepspeed} is not JSON ({error}). Mend it.") from None
     if isinstance(deepspeed, dict):
         check_deepspeed_config(deepspeed)
     if cfg.get("deepspeed") and cfg.get("deepcompile"):
         raise ValueError(
             "deepcompile: True compiles DeepSpeed's gradient path, where GMT cannot mask. Set "
             "deepcompile: false."
+        )
+    tensor_parallel = cfg.get("tensor_parallel_size") or 1
+    if tensor_parallel != 1 and (cfg.get("deepspeed") or cfg.get("adapter")):
+        other = "deepspeed" if cfg.get("deepspeed") else "adapter"
+        raise ValueError(
+            f"tensor_parallel_size: {tensor_parallel!r} with {other} splits tensors so that GMT "
+            f"cannot see their other shards. Remove tensor_parallel_size or {other}; FSDP2 "
+            "alone shards as well."
         )
     experts = cfg.get("expert_parallel_size") or 1
     if experts != 1:

@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-# What wrappers put into parameter names: DDP and DeepSpeed, torch.compile, FSDP1, activation
+# What wrappers put into parameter names: DDP and DeepSpeed, torch.compile, activation
 # checkpointing. Patterns and layer names must not depend on how a model is wrapped.
-_WRAPPERS = re.compile(r"^module\.|(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_WRAPPERS = re.compile(r"^module\.|(_orig_mod|_checkpoint_wrapped_module)\.")
 
 # The process groups over which a tensor is sharded, one for each such dimension of its device
 # mesh; empty for a tensor that is whole on every rank.
@@ -28,7 +28,16 @@ Ranks = tuple[dist.ProcessGroup, ...]
 
 
 def plain_name(name: str) -> str:
-    """``name`` of a parameter as it is in the unwrapped model."""
+    """``name`` of a parameter as it is in the unwrapped model.
+
+    Raises:
+        ValueError: For a parameter of FSDP1.
+    """
+    if "_fsdp_wrapped_module." in name or name.endswith("_flat_param"):
+        raise ValueError(
+            f"{name} belongs to FSDP1, whose flat parameters hide which entries are whose, so GMT "
+            "cannot mask them exactly. Use FSDP2 (fsdp_version: 2)."
+        )
     return _WRAPPERS.sub("", name)
 
 
@@ -103,6 +112,8 @@ class StepGradients:
                 f"The gradient of {name} is {reference.dtype}; GMT masks bfloat16, float16, "
                 f"float32 and float64. {without}"
             )
+        if reference.device.type == "mps":
+            raise TypeError(f"{name} lies on mps, which has no float64. Train on cuda or the CPU.")
         ranks = _sharded_over(name, reference) if isinstance(reference, DTensor) else ()
         if gradient is None:
             local = reference.to_local() if isinstance(reference, DTensor) else reference
@@ -141,11 +152,6 @@ def step_gradients(optimizer: object, names: Mapping[Tensor, Sequence[str]]) -> 
     Raises:
         ValueError: For a way to train in which GMT cannot be exact, with what to use instead.
     """
-    if any("_fsdp_wrapped_module." in name for group in names.values() for name in group):
-        raise ValueError(
-            "GMT does not train with FSDP1, whose flat parameters hide which entries are whose. "
-            "Set fsdp_version: 2."
-        )
     while not (made_by_deepspeed := type(optimizer).__module__.startswith("deepspeed.")):
         inner = getattr(optimizer, "optimizer", None)
         if inner is None:
@@ -263,4 +269,10 @@ class Rows:
 def sum_over_ranks(values: Tensor, ranks: Ranks) -> None:
     """Sum contiguous ``values``, in place, over all processes that hold a shard."""
     for group in ranks:
-        dist.all_reduce(values, group=group)
+        if values.is_cpu and "cpu:" not in dist.get_backend_config(group):
+            # Gradients that are offloaded to the CPU while the group has NCCL alone.
+            on_device = values.to(torch.accelerator.current_accelerator())
+            dist.all_reduce(on_device, group=group)
+            values.copy_(on_device)
+        else:
+            dist.all_reduce(values, group=group)

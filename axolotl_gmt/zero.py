@@ -7,7 +7,7 @@ ZeRO steps its inner optimizer once for each parameter group (stages 1 and 2) or
 the whole gradient. DeepSpeed has no hook between the gradient norm and the first of these steps,
 but calls its own ``unscale_and_clip_grads`` for each group there. That method is replaced on the
 one optimizer instance: its first call of a step masks the gradients of all groups, before they
-are unscaled and clipped (by one common factor, which cannot change which entries win).
+are unscaled and clipped (by one common factor, which keeps their order).
 """
 
 from __future__ import annotations
@@ -23,8 +23,20 @@ from torch.utils.hooks import RemovableHandle
 from axolotl_gmt.shards import Ranks, Shard, StepGradients
 
 # What is read of DeepSpeed's optimizers, none of it public.
-_STAGE_1_AND_2 = ("bit16_groups", "single_partition_of_fp32_groups", "real_dp_process_group")
-_STAGE_3 = ("fp16_groups", "fp32_partitioned_groups_flat", "grad_position", "averaged_gradients")
+_READ = {
+    "DeepSpeedZeroOptimizer": (
+        "bit16_groups",
+        "single_partition_of_fp32_groups",
+        "real_dp_process_group",
+        "gradient_accumulation_dtype",
+    ),
+    "DeepSpeedZeroOptimizer_Stage3": (
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "grad_position",
+        "averaged_gradients",
+    ),
+}
 
 
 # They send something else than gradients between ranks, or turn them into updates beforehand.
@@ -51,6 +63,14 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
         key, value, fix = "optimizer.type", optimizer, "Set AdamW, or remove optimizer."
     elif zero.get("mics_shard_size", -1) > 0:
         key, value, fix = "zero_optimization.mics_shard_size", zero["mics_shard_size"], "Remove it."
+    elif config.get("tensor_parallel") or config.get("expert_parallel"):
+        key = "tensor_parallel" if config.get("tensor_parallel") else "expert_parallel"
+        value, fix = config[key], "Remove it."
+    elif zero.get("round_robin_gradients"):
+        key, value, fix = "zero_optimization.round_robin_gradients", True, "Set false."
+    elif (zero.get("offload_optimizer") or {}).get("super_offload"):
+        key = "zero_optimization.offload_optimizer.super_offload"
+        value, fix = True, "Set false."
     elif zero.get("zenflow"):
         key, value, fix = "zero_optimization.zenflow", zero["zenflow"], "Remove it."
     elif (config.get("compile") or {}).get("deepcompile"):
@@ -77,13 +97,25 @@ class ZeroGradients(StepGradients):
 
     def __init__(self, optimizer: Any, names: Mapping[Tensor, Sequence[str]]) -> None:
         super().__init__(optimizer, names)
-        self._stage_3 = all(hasattr(optimizer, name) for name in _STAGE_3)
-        if not hasattr(optimizer, "unscale_and_clip_grads") or not (
-            self._stage_3 or all(hasattr(optimizer, name) for name in _STAGE_1_AND_2)
-        ):
+        # Not isinstance: what derives from these (ZenFlow, SuperOffload) steps elsewhere.
+        kind = type(optimizer).__name__
+        read = ("unscale_and_clip_grads", *_READ.get(kind, ("no known kind",)))
+        if not all(hasattr(optimizer, name) for name in read):
             raise ValueError(
-                f"GMT cannot mask under DeepSpeed's {type(optimizer).__name__}. Use ZeRO stage 1, "
-                "2 or 3 with a DeepSpeed that GMT is tested with (0.19)."
+                f"GMT cannot mask under DeepSpeed's {kind}. Use ZeRO stage 1, 2 or 3 with its "
+                "default data_types and a DeepSpeed that GMT is tested with (0.19)."
+            )
+        self._stage_3 = kind.endswith("Stage3")
+        inner = type(optimizer.optimizer).__name__
+        if "muon" in inner.lower():
+            raise ValueError(
+                f"GMT cannot mask under DeepSpeed with {inner}, which DeepSpeed applies to the "
+                "gradients before their norm is taken. Use another optimizer, such as AdamW."
+            )
+        if getattr(optimizer, "round_robin_gradients", False):
+            raise ValueError(
+                "GMT cannot find a parameter's gradient with round_robin_gradients: true of the "
+                "DeepSpeed config. Set false."
             )
         if getattr(optimizer, "swap_optimizer", False):
             raise ValueError(
@@ -91,12 +123,16 @@ class ZeroGradients(StepGradients):
                 "gradients are never in memory together. Set offload_optimizer.device: cpu."
             )
         groups = optimizer.fp16_groups if self._stage_3 else optimizer.bit16_groups
-        self._groups: list[list[Tensor]] = groups
         self._place = {
             parameter: (index, position)
             for index, group in enumerate(groups)
             for position, parameter in enumerate(group)
         }
+        if any(getattr(parameter, "tensor_model_parallel", False) for parameter in self._place):
+            raise ValueError(
+                "GMT cannot see the other shards of a tensor under DeepSpeed's tensor parallel. "
+                "Use ZeRO-3 or FSDP2 alone, or tensor parallel without DeepSpeed."
+            )
 
     def parameters(self) -> Iterator[tuple[Sequence[str], Tensor]]:
         """All names, and the tensor, of each parameter that ZeRO steps."""
@@ -113,9 +149,7 @@ class ZeroGradients(StepGradients):
         return Shard(name, *self._stage_1_and_2_entries(parameter))
 
     def _stage_1_and_2_entries(self, parameter: Any) -> tuple[Tensor, Ranks]:
-        index = next(
-            i for i, group in enumerate(self._groups) if any(p is parameter for p in group)
-        )
+        index, _ = self._place[parameter]
         ranks = _more_than_one(self.optimizer.real_dp_process_group[index])
         partition = self.optimizer.single_partition_of_fp32_groups[index]
         mapping = parameter._hp_mapping
@@ -144,28 +178,30 @@ class ZeroGradients(StepGradients):
 
     def before_step(self, mask: Callable[[], None]) -> RemovableHandle:
         """Call ``mask`` once a step, when the norm is known and nothing is unscaled yet."""
-        hooks: OrderedDict[int, Callable[[], None]] = _hooks_of(self.optimizer, len(self._groups))
+        hooks = _hooks_of(self.optimizer, self._stage_3)
         handle = RemovableHandle(hooks)
         hooks[handle.id] = mask
         return handle
 
 
-def _hooks_of(optimizer: Any, calls_of_a_step: int) -> OrderedDict[int, Callable[[], None]]:
+def _hooks_of(optimizer: Any, stage_3: bool) -> OrderedDict[int, Callable[[], None]]:
     """What a replaced ``unscale_and_clip_grads`` calls first in each step; replaces it once."""
     original = optimizer.unscale_and_clip_grads
     if hasattr(original, "gmt_hooks"):
         found: OrderedDict[int, Callable[[], None]] = original.gmt_hooks
         return found
     hooks: OrderedDict[int, Callable[[], None]] = OrderedDict()
-    calls = 0
 
-    def unscale_and_clip_grads(*args: Any, **kwargs: Any) -> None:
-        nonlocal calls
-        if calls % calls_of_a_step == 0:
+    def is_first_group(group: Any) -> bool:
+        if stage_3:
+            return bool(group == 0)
+        return group[0] is optimizer.single_partition_of_fp32_groups[0].grad
+
+    def unscale_and_clip_grads(group: Any, *args: Any, **kwargs: Any) -> None:
+        if is_first_group(group):
             for hook in hooks.values():
                 hook()
-        calls += 1
-        original(*args, **kwargs)
+        original(group, *args, **kwargs)
 
     unscale_and_clip_grads.gmt_hooks = hooks  # type: ignore[attr-defined]
     optimizer.unscale_and_clip_grads = unscale_and_clip_grads

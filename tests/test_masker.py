@@ -193,6 +193,12 @@ def test_parameters_that_the_masker_was_not_told_of_are_refused() -> None:
         masker.attach(optimizer)
 
 
+@pytest.mark.parametrize("name", ["_fsdp_wrapped_module.head.weight", "layers.0._flat_param"])
+def test_fsdp1_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"belongs to FSDP1.*fsdp_version: 2"):
+        GradientMasker([(name, nn.Parameter(torch.zeros(3)))])
+
+
 def test_sparse_gradients_are_refused() -> None:
     embedding = nn.Embedding(10, 4, sparse=True)
     optimizer = torch.optim.SGD(embedding.parameters())

@@ -163,6 +163,22 @@ def test_settings_of_a_gmt_that_is_off_are_refused(settings: dict[str, Any], mes
         ),
         ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, r"zenflow"),
         (
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
+            r"round_robin_gradients: True.*Set false",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"super_offload": True}}},
+            r"super_offload: True.*Set false",
+        ),
+        (
+            {"zero_optimization": {"stage": 1}, "tensor_parallel": {"autotp_size": 2}},
+            r"tensor_parallel: .*Remove it",
+        ),
+        (
+            {"zero_optimization": {"stage": 1}, "expert_parallel": {"size": 2}},
+            r"expert_parallel: .*Remove it",
+        ),
+        (
             {"zero_optimization": {"stage": 3}, "compile": {"deepcompile": True}},
             r"compile\.deepcompile: True.*Set false",
         ),
@@ -180,6 +196,12 @@ def test_deepspeed_configs_that_cannot_be_exact_are_refused(
         prepared(optimizer="gmt", deepspeed=deepspeed or {"bf16": {"enabled": True}})
 
 
+def test_a_deepspeed_file_that_is_not_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "zero.json").write_text("{")
+    with pytest.raises(ValueError, match=r"^deepspeed: .*zero\.json is not JSON"):
+        prepared(optimizer="gmt", deepspeed=str(tmp_path / "zero.json"))
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_is_welcome(stage: int) -> None:
     deepspeed = {
@@ -194,6 +216,14 @@ def test_zero_is_welcome(stage: int) -> None:
     [
         ({"expert_parallel_size": 2}, r"expert_parallel_size: 2 .*shard with FSDP2 or ZeRO-3"),
         ({"deepspeed": "zero3.json", "deepcompile": True}, r"deepcompile: True .*Set deepcompile"),
+        (
+            {"deepspeed": "zero3.json", "tensor_parallel_size": 2},
+            r"tensor_parallel_size: 2 with deepspeed.*Remove",
+        ),
+        (
+            {"adapter": "lora", "tensor_parallel_size": 2},
+            r"tensor_parallel_size: 2 with adapter.*Remove",
+        ),
     ],
 )
 def test_other_set_ups_that_cannot_be_exact_are_refused(
@@ -236,6 +266,7 @@ def test_keys_on_the_command_line_are_refused_not_dropped(
     monkeypatch.setattr("sys.argv", ["axolotl", "train", "sft.yml", option, "0.7"])
     with pytest.raises(ValueError, match=r"^--gmt.mask.ratio.*Write gmt_mask_ratio: .*YAML file"):
         prepared(optimizer="gmt")
+    assert prepared(optimizer="sgd") == {"optimizer": "sgd"}  # Another program's option, then.
 
 
 def test_the_keys_survive_the_trip_to_a_ray_worker(sft_yaml: dict[str, Any]) -> None:
