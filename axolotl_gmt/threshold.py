@@ -3,7 +3,7 @@
 For non-negative floats the numeric order is the order of their bit patterns, so a histogram over
 patterns and a sum over its bins find the threshold without sorting (Li et al. 2025, T_k). Wider
 types are counted digit by digit, the upper 15 bits first. NaN patterns lie above that of infinity,
-which makes every broken entry win. Nothing here reads a value back from the device.
+which makes every broken entry win. Nothing here reads a value back from a GPU.
 
 Knows tensors only: no parameters, no trainers, and of ranks only that rows of counts add up.
 """
@@ -12,15 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from axolotl_gmt.passes import (
+    Digit,
+    count_digits,
+    keep_candidates,
+    magnitude_patterns,
+    no_counts,
+    sum_neighbours,
+)
+from axolotl_gmt.passes import mask_below_ as mask_below_
 from axolotl_gmt.shards import Rows
-
-_PATTERN_DTYPE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 20  # entries of scratch memory a pass; small enough to stay in a CPU's cache
 
 
 def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -28,67 +33,19 @@ def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return reduce(torch.promote_types, dtypes)
 
 
-def magnitude_patterns(entries: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bit patterns of ``|entries|`` as ``dtype``: integers in the order of the magnitudes."""
-    patterns = entries.to(dtype).view(_PATTERN_DTYPE[dtype.itemsize])
-    return patterns & torch.iinfo(patterns.dtype).max
-
-
 def infinity_pattern(dtype: torch.dtype) -> int:
     """The bit pattern of infinity; patterns above it are NaN."""
-    infinity = torch.tensor(float("inf"), dtype=dtype)
-    return int(infinity.view(_PATTERN_DTYPE[dtype.itemsize]))
+    return int(magnitude_patterns(torch.tensor(float("inf"), dtype=dtype), dtype))
 
 
-class Digit(NamedTuple):
-    """Bits ``shift`` to ``shift + width`` of a pattern."""
-
-    shift: int
-    width: int
-
-
-def digits(dtype: torch.dtype) -> list[Digit]:
+def digits(dtype: torch.dtype, lower_width: int) -> list[Digit]:
     """The digits, upper first, by which a magnitude of ``dtype`` is counted.
 
-    Each has 16 bits but the first, which lacks the sign's.
+    The first takes the upper 16 bits but for the sign, the others ``lower_width`` bits each.
     """
-    bits = dtype.itemsize * 8
-    return [Digit(shift, 15 if shift == bits - 16 else 16) for shift in range(bits - 16, -1, -16)]
-
-
-def count_digits(
-    tensors: Sequence[Tensor],
-    rows: Sequence[int],
-    dtype: torch.dtype,
-    digit: Digit,
-    prefixes: Tensor | None,
-    counts: Tensor,
-) -> None:
-    """Add to ``counts`` how often each value of one digit occurs among the entries of each row.
-
-    Args:
-        tensors: Flat tensors of any supported dtypes, all on the device of ``counts``.
-        rows: The row that each tensor's entries are counted in.
-        dtype: The dtype whose patterns are counted (entries are converted exactly).
-        digit: Which bits of the pattern.
-        prefixes: int64 ``(rows,)``; only entries whose bits above the digit equal that of their
-            row count. None: all do.
-        counts: int64 ``(rows, 2 ** digit.width)``, added to in place.
-    """
-    bins = 1 << digit.width
-    for tensor, row in zip(tensors, rows, strict=True):
-        for chunk in tensor.split(_CHUNK):
-            patterns = magnitude_patterns(chunk, dtype)
-            values = patterns >> digit.shift
-            if prefixes is not None:
-                above = patterns >> (digit.shift + digit.width)
-                values = torch.where(above == prefixes[row], values & (bins - 1), bins)
-            if values.is_cpu:
-                found = torch.bincount(values, minlength=bins + 1)
-            else:  # bincount reads the largest value back to the host
-                found = torch.zeros(bins + 1, dtype=torch.int64, device=values.device)
-                found.scatter_add_(0, values.long(), torch.ones_like(values, dtype=torch.int64))
-            counts[row] += found[:bins]
+    upper = dtype.itemsize * 8 - 16
+    lower = range(upper - lower_width, -1, -lower_width)
+    return [Digit(upper, 15), *(Digit(shift, lower_width) for shift in lower)]
 
 
 def _take_bin(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,20 +87,32 @@ def find_thresholds(
     """
     k: Tensor | None = None
     prefixes: Tensor | None = None
-    for digit in digits(dtype):
+    # On a CPU the entries that match the first digit are copied, which makes further passes cheap.
+    on_cpu = all(tensor.is_cpu for tensor in tensors)
+    for digit in digits(dtype, lower_width=8 if on_cpu else 16):
         counts = _count_on_every_device(tensors, rows, dtype, digit, prefixes)
         # Ranks exchange sums over 2^8 neighbouring bins, then the bins of the winning sum only.
         fine = counts.view(len(rows), -1, 256)
-        coarse = rows.sum(fine.sum(-1))
+        coarse = rows.sum(sum_neighbours(counts))
         if k is None:
             k = entries_to_keep(coarse.sum(-1), mask_ratio)
         upper, k = _take_bin(coarse, k)
         index = rows.spread(upper)[:, None, None].expand(-1, 1, 256)
-        lower, k = _take_bin(rows.sum(fine.gather(1, index).squeeze(1)), k)
+        lower, k = _take_bin(rows.sum(fine.gather(1, index).squeeze(1).long()), k)
         value = rows.spread((upper << 8) | lower)
         prefixes = value if prefixes is None else (prefixes << digit.width) | value
+        if on_cpu and digit.shift > 0:
+            tensors = keep_candidates(tensors, rows.of_shard, dtype, digit.shift, prefixes)
     assert prefixes is not None
     return prefixes.clamp(max=infinity_pattern(dtype))
+
+
+def _counts_dtype(tensors: Sequence[Tensor], rows: Rows) -> torch.dtype:
+    """Int32 if no row has more entries here than it holds: half the memory to clear and sum."""
+    entries = [0] * len(rows)
+    for tensor, row in zip(tensors, rows.of_shard, strict=True):
+        entries[row] += tensor.numel()
+    return torch.int32 if max(entries) <= torch.iinfo(torch.int32).max else torch.int64
 
 
 def _count_on_every_device(
@@ -154,7 +123,8 @@ def _count_on_every_device(
     prefixes: Tensor | None,
 ) -> Tensor:
     home = tensors[0].device
-    total = torch.zeros(len(rows), 1 << digit.width, dtype=torch.int64, device=home)
+    counts_dtype = _counts_dtype(tensors, rows)
+    total = no_counts(len(rows), 1 << digit.width, counts_dtype, home)
     for device in dict.fromkeys(tensor.device for tensor in tensors):
         here = [index for index, tensor in enumerate(tensors) if tensor.device == device]
         counts = total if device == home else torch.zeros_like(total, device=device)
@@ -169,30 +139,3 @@ def _count_on_every_device(
         if device != home:
             total += counts.to(home)
     return total
-
-
-def mask_below_(
-    tensors: Sequence[Tensor],
-    rows: Sequence[int],
-    dtype: torch.dtype,
-    thresholds: Tensor,
-    totals: Tensor,
-) -> None:
-    """Set to zero, in place, the entries whose magnitude is below the threshold (Li et al., M).
-
-    Args:
-        tensors: Flat tensors of any supported dtypes, all on the device of ``totals``.
-        rows: The row of ``thresholds`` that each tensor is compared with.
-        dtype: The dtype of the thresholds' bit patterns.
-        thresholds: int64 ``(rows,)`` from :func:`find_thresholds`.
-        totals: float64 ``(tensors, 4)``, added to in place: for each tensor its entries, those
-            that are non-zero afterwards, the sum of squares before, and afterwards.
-    """
-    thresholds = thresholds.to(totals.device)
-    for tensor, row, total in zip(tensors, rows, totals, strict=True):
-        total[0] += tensor.numel()
-        for chunk in tensor.split(_CHUNK):
-            before = torch.linalg.vector_norm(chunk, dtype=torch.float64)
-            chunk.masked_fill_(magnitude_patterns(chunk, dtype) < thresholds[row], 0)
-            after = torch.linalg.vector_norm(chunk, dtype=torch.float64)
-            total[1:] += torch.stack([chunk.count_nonzero(), before.square(), after.square()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,6 +18,17 @@ from tests.reference.gmt_reference import masked
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@pytest.fixture(scope="module", params=["compiled", "torch"], autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All tests here hold for the compiled passes and for the torch versions alike."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if request.param == "torch":
+            monkeypatch.setattr(passes, "_COMPILED", {})
+        passes._compiled_passes.cache_clear()
+        yield
+    passes._compiled_passes.cache_clear()
 
 
 def bits(tensor: Tensor) -> Tensor:

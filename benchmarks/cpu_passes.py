@@ -1,0 +1,86 @@
+"""The two passes on a CPU in torch operations, compiled by torch.compile, and by Numba.
+
+28 M bf16 entries in one tensor. This decided how the CPU path is made.
+"""
+
+from __future__ import annotations
+
+import torch
+from measuring import Row, arguments, in_turns, median_ms, save, show
+from torch import Tensor
+
+from axolotl_gmt import kernels_cpu, passes
+
+ENTRIES = 28_000_000
+DIGIT = passes.Digit(0, 15)
+THRESHOLD = 0x3A00
+
+
+@torch.compile
+def compiled_count(entries: Tensor, counts: Tensor) -> Tensor:
+    """What Inductor makes of a histogram."""
+    patterns = entries.view(torch.int16).long() & 0x7FFF
+    return counts.scatter_add(0, patterns, torch.ones_like(patterns, dtype=counts.dtype))
+
+
+@torch.compile
+def compiled_mask(entries: Tensor, threshold: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What Inductor makes of the mask and its statistics."""
+    magnitudes = entries.view(torch.int16).int() & 0x7FFF
+    keep = magnitudes >= threshold
+    squares = entries.float().square()
+    kept = (keep & (magnitudes > 0)).sum()
+    after = torch.where(keep, squares, 0).sum(dtype=torch.float64)
+    return torch.where(keep, entries, 0), kept, squares.sum(dtype=torch.float64), after
+
+
+def measure(runs: int) -> list[Row]:
+    """A row for each pass made in each way."""
+    torch.manual_seed(0)
+    entries = (torch.randn(ENTRIES) * 1e-3).bfloat16()
+    original = entries.clone()
+    counts = torch.zeros(1, 1 << 15, dtype=torch.int32)
+    totals = torch.zeros(1, 4, dtype=torch.float64)
+    threshold = torch.tensor([THRESHOLD])
+    one = [entries], [0], torch.bfloat16
+    ways = {
+        ("count", "torch operations"): lambda: passes._count_by_torch(
+            entries, 0, torch.bfloat16, DIGIT, None, counts
+        ),
+        ("count", "torch.compile"): lambda: compiled_count(entries, counts[0]),
+        ("count", "Numba"): lambda: kernels_cpu.count_digits(*one, DIGIT, None, counts),
+        ("mask", "torch operations"): lambda: passes._mask_by_torch_(
+            entries, torch.bfloat16, threshold[0], totals[0]
+        ),
+        ("mask", "torch.compile"): lambda: compiled_mask(entries, THRESHOLD),
+        ("mask", "Numba"): lambda: kernels_cpu.mask_below_(*one, threshold, totals),
+    }
+    seconds = in_turns(
+        {" ".join(way): run for way, run in ways.items()},
+        "cpu",
+        runs,
+        lambda: entries.copy_(original),
+        "28 M bf16",
+    )
+    return [
+        {
+            "pass": what,
+            "made of": how,
+            "device": "cpu",
+            "median ms": median_ms(times),
+            "fastest ms": min(times) * 1e3,
+        }
+        for (what, how), times in zip(ways, seconds.values(), strict=True)
+    ]
+
+
+def main() -> None:
+    """Measure on the CPU."""
+    options = arguments(__doc__, runs=7)
+    rows = measure(options.runs)
+    show("Passes over 28 M bf16 entries, cpu", rows)
+    save(options.json, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Time in turns what is to be compared; print it as a table and keep it as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+Row = dict[str, Any]
+
+console = Console()
+
+
+def devices() -> list[str]:
+    """The CPU, and the GPU if there is one; says so if there is none."""
+    if torch.cuda.is_available():
+        return ["cpu", "cuda"]
+    console.print("GPU rows: not measured: no GPU")
+    return ["cpu"]
+
+
+def arguments(description: str, **defaults: int) -> argparse.Namespace:
+    """Arguments that all benchmarks have, and whole numbers of their own."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="only this device")
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    return parser.parse_args()
+
+
+def in_turns(
+    contenders: Mapping[str, Callable[[], object]],
+    device: str,
+    runs: int,
+    before: Callable[[], object] = lambda: None,
+    label: str = "",
+) -> dict[str, list[float]]:
+    """Seconds that each contender takes, ``runs`` times, after one run that does not count.
+
+    They take turns, so that whatever else happens on the machine happens to all of them.
+
+    Args:
+        contenders: What to time.
+        device: ``cuda`` waits for the GPU before and after.
+        runs: How often.
+        before: Called, untimed, before each.
+        label: What the progress bar says.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(label, total=(runs + 1) * len(contenders))
+        for run in range(runs + 1):
+            for name, contender in contenders.items():
+                progress.update(task, description=f"{label}: {name}")
+                before()
+                _wait(device)
+                start = time.perf_counter()
+                contender()
+                _wait(device)
+                if run > 0:
+                    seconds[name].append(time.perf_counter() - start)
+                progress.advance(task)
+    return seconds
+
+
+def steps(count: int, label: str) -> Iterator[int]:
+    """``range(count)`` with a progress bar."""
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        yield from progress.track(range(count), description=label)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def median_ms(seconds: Sequence[float]) -> float:
+    """The median, in milliseconds."""
+    return statistics.median(seconds) * 1e3
+
+
+def show(title: str, rows: Sequence[Row]) -> None:
+    """Print rows that have the same keys as a table; what all have in common is in the title."""
+    table = Table(title=title)
+    keys = [key for key in rows[0] if key not in ("model", "dtype", "device")]
+    for key in keys:
+        table.add_column(key, justify="left" if isinstance(rows[0][key], str) else "right")
+    for row in rows:
+        table.add_row(*(_written(row[key]) for key in keys))
+    console.print(table)
+
+
+def _written(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def save(file: Path | None, rows: Sequence[Row]) -> None:
+    """Write rows as JSON with what is needed to judge them."""
+    if file is None:
+        return
+    command = " ".join(["python", *sys.argv])
+    found = {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": machine(),
+        "versions": versions(),
+        "rows": list(rows),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores and memory, and the GPU if there is one."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "torch threads": torch.get_num_threads(),
+        "memory_gib": round(memory / 2**30),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    for line in lines:
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the speed."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "triton", "numba", "numpy", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
