@@ -80,6 +80,8 @@ class GMTCallback(TrainerCallback):
         if self._masker is None or logs is None or "loss" not in logs:
             return
         statistics = {f"gmt/{key}": value for key, value in self._masker.statistics().items()}
+        for module, found in self._masker.module_statistics().items():
+            statistics |= {f"gmt/{key}/{module}": value for key, value in found.items()}
         if not statistics and state.is_world_process_zero:
             LOG.warning(
                 "GMT has masked nothing so far: no step of the optimizer has shown a gradient. "

@@ -106,6 +106,11 @@ class GMTConfig(BaseModel):
         description="Seed for criteria that draw at random; `gradient` draws nothing. "
         "Unset: the run's seed.",
     )
+    log_modules: bool = Field(
+        default=False,
+        description="Whether the statistics of each module join the training log: "
+        "`gmt/kept_fraction/MODULE` and `gmt/grad_norm_kept/MODULE`.",
+    )
 
 
 def explain(error: ValidationError, prefix: str = "") -> str:

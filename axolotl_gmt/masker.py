@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from axolotl_gmt.config import GMTConfig, Granularity
+from axolotl_gmt.names import layer_name, module_name
 from axolotl_gmt.shards import (
     Ranks,
     Rows,
@@ -32,16 +33,13 @@ from axolotl_gmt.threshold import common_dtype, find_thresholds, mask_below_
 # Groups whose thresholds are found together; bounds the memory of their histograms (16 MiB).
 _GROUPS_AT_ONCE = 64
 
-# The path to the first numbered module: model.layers.3 of model.layers.3.mlp.experts.5.w1.weight.
-_LAYER = re.compile(r"^(?:.*?\.)?\d+(?=\.)")
-
 
 def group_name(parameter_name: str, granularity: Granularity) -> str:
     """The group in which the entries of a parameter compete for one threshold."""
     if granularity == "global":
         return "global"
-    layer = _LAYER.match(parameter_name) if granularity == "layer" else None
-    return layer.group() if layer else parameter_name
+    layer = layer_name(parameter_name) if granularity == "layer" else None
+    return layer or parameter_name
 
 
 class GradientMasker:
@@ -75,7 +73,7 @@ class GradientMasker:
             self._names[parameter].append(plain_name(name))
         self._handles: WeakKeyDictionary[object, RemovableHandle] = WeakKeyDictionary()
         self._selected: dict[Tensor, bool] = {}
-        self._totals: list[Tensor] = []
+        self._totals: list[tuple[list[str], Tensor]] = []
 
     def attach(self, optimizer: object) -> RemovableHandle:
         """Mask gradients before every ``optimizer.step()`` until ``remove()`` of the handle.
@@ -130,7 +128,8 @@ class GradientMasker:
     def _mask(self, gradients: StepGradients) -> None:
         """Mask, in place, the gradients that the next step uses."""
         shards = [gradients.shard(*named) for named in self._masked(gradients)]
-        totals: dict[tuple[torch.device, Ranks], Tensor] = {}
+        names: dict[tuple[torch.device, Ranks], list[str]] = defaultdict(list)
+        totals: dict[tuple[torch.device, Ranks], list[Tensor]] = defaultdict(list)
         for dtype, groups in self._batches(shards):
             batch = [shard for group in groups for shard in group]
             rows = Rows(groups)
@@ -146,10 +145,15 @@ class GradientMasker:
                     thresholds,
                     found,
                 )
-                totals[key] = totals.get(key, 0) + found.sum(0)
-        for (_, ranks), total in totals.items():
-            sum_over_ranks(total, ranks)
-        self._totals = list(totals.values())
+                names[key] += [batch[i].name for i in here]
+                totals[key].append(found if self.config.log_modules else found.sum(0, keepdim=True))
+        self._totals = []
+        for key, parts in totals.items():
+            total = torch.cat(parts)
+            if not self.config.log_modules:
+                total = total.sum(0, keepdim=True)
+            sum_over_ranks(total, key[1])
+            self._totals.append((names[key], total))
 
     def statistics(self) -> dict[str, float]:
         """What the last step kept, on all ranks; empty if there was none yet. Reads the device.
@@ -160,15 +164,25 @@ class GradientMasker:
             are 0.
         """
         total = torch.zeros(4, dtype=torch.float64)
-        for part in self._totals:
-            total += part.cpu()
-        entries, kept, before, after = total.tolist()
-        if entries == 0:
+        for _, part in self._totals:
+            total += part.cpu().sum(0)
+        return _statistics(total)
+
+    def module_statistics(self) -> dict[str, dict[str, float]]:
+        """What :meth:`statistics` says, for each module, with ``log_modules``; else empty.
+
+        Returns:
+            For each module that owns masked parameters, such as ``model.layers.3.mlp.down_proj``,
+            its statistics; a module whose gradients were all absent is left out.
+        """
+        if not self.config.log_modules:
             return {}
-        return {
-            "kept_fraction": kept / entries,
-            "grad_norm_kept": 1.0 if before == 0 else math.sqrt(after / before),
-        }
+        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
+        for names, part in self._totals:
+            for name, total in zip(names, part.cpu(), strict=True):
+                totals[module_name(name)] += total
+        found = {module: _statistics(total) for module, total in totals.items()}
+        return {module: statistics for module, statistics in found.items() if statistics}
 
     def _check_patterns(self, gradients: StepGradients) -> None:
         names = [name for names, _ in gradients.parameters() for name in names]
@@ -193,6 +207,16 @@ class GradientMasker:
         for (dtype, _), batch in alike.items():
             for start in range(0, len(batch), _GROUPS_AT_ONCE):
                 yield dtype, batch[start : start + _GROUPS_AT_ONCE]
+
+
+def _statistics(total: Tensor) -> dict[str, float]:
+    entries, kept, before, after = total.tolist()
+    if entries == 0:
+        return {}
+    return {
+        "kept_fraction": kept / entries,
+        "grad_norm_kept": 1.0 if before == 0 else math.sqrt(after / before),
+    }
 
 
 def _matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:

@@ -20,6 +20,7 @@ def test_defaults() -> None:
         "include": None,
         "exclude": None,
         "seed": None,
+        "log_modules": False,
     }
 
 

@@ -328,3 +328,38 @@ def test_layer_granularity_groups_by_the_first_numbered_module(name: str, layer:
     assert group_name(name, "layer") == layer
     assert group_name(name, "tensor") == name
     assert group_name(name, "global") == "global"
+
+
+def test_module_statistics_are_those_of_each_module_and_add_up_to_the_whole() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = GMTConfig(mask_ratio=0.6, granularity="global", log_modules=True)
+    masker = GradientMasker(model.named_parameters(), config)
+    masker.attach(optimizer)
+    model(torch.randn(4, 6)).square().sum().backward()
+    norms = {
+        name: torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+        for name, module in model.named_children()
+    }
+    optimizer.step()
+    found = masker.module_statistics()
+    assert found.keys() == {"0", "1", "2"}
+    kept = 0.0
+    for name, module in model.named_children():
+        left = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+        assert found[name]["kept_fraction"] == int(left.count_nonzero()) / left.numel()
+        share = left.double().norm() / norms[name].double().norm()
+        assert found[name]["grad_norm_kept"] == pytest.approx(float(share), rel=1e-6)
+        kept += int(left.count_nonzero())
+    entries = sum(parameter.numel() for parameter in model.parameters())
+    assert masker.statistics()["kept_fraction"] == kept / entries
+
+
+def test_without_log_modules_there_are_no_module_statistics() -> None:
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masker = GradientMasker(model.named_parameters())
+    masker.attach(optimizer)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    assert masker.module_statistics() == {}
