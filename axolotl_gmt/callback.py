@@ -17,7 +17,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from axolotl_gmt.config import GMTConfig
 from axolotl_gmt.masker import GradientMasker
-from axolotl_gmt.shards import entries
+from axolotl_gmt.shards import shape
 from axolotl_gmt.zero import check_deepspeed_config
 
 LOG = logging.getLogger(__name__)
@@ -63,10 +63,25 @@ class GMTCallback(TrainerCallback):
             check_deepspeed_config(deepspeed.config)
         _move_to_front(self)
         self._detach()
-        self._masker = GradientMasker(model.named_parameters(remove_duplicate=False), self.config)
+        seed = args.seed if self.config.seed is None else self.config.seed
+        self._masker = GradientMasker(
+            model.named_parameters(remove_duplicate=False),
+            self.config.model_copy(update={"seed": seed}),
+        )
         self._handle = self._masker.attach(optimizer)
         if state.is_world_process_zero:
             LOG.info(self._describe(self._masker, optimizer))
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Tell the masker the step, so that a resumed run draws what it would have drawn."""
+        if self._masker is not None:
+            self._masker.step = state.global_step
 
     def on_log(
         self,
@@ -108,14 +123,15 @@ class GMTCallback(TrainerCallback):
         self._handle = None
 
     def _describe(self, masker: GradientMasker, optimizer: object) -> str:
-        masked = [parameter for _, parameter in masker.masked_parameters(optimizer)]
+        masked = [shape(parameter).numel() for _, parameter in masker.masked_parameters(optimizer)]
         ratio = self.config.mask_ratio
         while (inner := getattr(optimizer, "optimizer", None)) is not None:
             optimizer = inner
         return (
             f"Gradient-Mask Tuning: base optimizer {type(optimizer).__name__}, ratio masked "
-            f"{ratio:.4g} (kept {1 - ratio:.4g}), granularity {self.config.granularity}; "
-            f"{len(masked)} tensors with {sum(map(entries, masked)):,} parameters under the mask."
+            f"{ratio:.4g} (kept {1 - ratio:.4g}), granularity {self.config.granularity}, "
+            f"criterion {self.config.criterion}; "
+            f"{len(masked)} tensors with {sum(masked):,} parameters under the mask."
         )
 
 

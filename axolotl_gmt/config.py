@@ -60,11 +60,23 @@ def _check_patterns(value: object) -> object:
     return tuple(patterns)
 
 
+def _check_criterion(value: object) -> object:
+    from axolotl_gmt import criteria  # It imports torch, which reading a config does not need.
+
+    names = criteria.registered()
+    if value not in names:
+        raise ValueError(
+            f"{value!r} is not one of {', '.join(names)}. Set one of these, or install the package "
+            "that offers it."
+        )
+    return value
+
+
 Granularity = Literal["tensor", "layer", "global"]
 
 MaskRatio = Annotated[float, BeforeValidator(_check_mask_ratio)]
 GranularitySetting = Annotated[Granularity, _one_of(*get_args(Granularity))]
-CriterionSetting = Annotated[str, _one_of("gradient")]
+CriterionSetting = Annotated[str, BeforeValidator(_check_criterion)]
 Patterns = Annotated[tuple[str, ...] | None, BeforeValidator(_check_patterns)]
 
 
@@ -89,7 +101,9 @@ class GMTConfig(BaseModel):
     )
     criterion: CriterionSetting = Field(
         default="gradient",
-        description="What makes an entry important: `gradient` is the magnitude of its gradient.",
+        description="What makes an entry important: `gradient` is the magnitude of its gradient, "
+        "the paper's; `random`, `gradient_weight`, `half` and those of installed packages are for "
+        "comparisons.",
     )
     include: Patterns = Field(
         default=None,
@@ -103,7 +117,7 @@ class GMTConfig(BaseModel):
     )
     seed: int | None = Field(
         default=None,
-        description="Seed for criteria that draw at random; `gradient` draws nothing. "
+        description="Seed for criteria that draw at random (`random`, `half`). "
         "Unset: the run's seed.",
     )
     log_modules: bool = Field(

@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from axolotl_gmt import criteria
 from axolotl_gmt.config import GMTConfig, Granularity
+from axolotl_gmt.criteria import DROP, KEEP, MAGNITUDE, Entries, Scorer, checked_scores
 from axolotl_gmt.names import layer_name, module_name
 from axolotl_gmt.shards import (
     Ranks,
@@ -25,13 +28,25 @@ from axolotl_gmt.shards import (
     Shard,
     StepGradients,
     plain_name,
+    shape,
     step_gradients,
     sum_over_ranks,
 )
-from axolotl_gmt.threshold import common_dtype, find_thresholds, mask_below_
+from axolotl_gmt.threshold import (
+    common_dtype,
+    find_thresholds,
+    infinity_pattern,
+    mask_below_,
+    mask_by_scores_,
+)
 
 # Groups whose thresholds are found together; bounds the memory of their histograms (16 MiB).
 _GROUPS_AT_ONCE = 64
+# The same where a criterion makes scores: they take as much memory as fp32 gradients do.
+_SCORED_GROUPS_AT_ONCE = 1
+
+# By where shards lie: names, and totals of these or of all together (see mask_below_).
+_Found = dict[tuple[torch.device, Ranks], list[tuple[list[str], Tensor]]]
 
 
 def group_name(parameter_name: str, granularity: Granularity) -> str:
@@ -50,6 +65,10 @@ class GradientMasker:
             comes under several names (tied weights) is masked once; patterns may use any of them
             if they are all given (``remove_duplicate=False``).
         config: The settings; the defaults if None.
+
+    Attributes:
+        step: The number of optimizer steps before the next one, which criteria that draw anew at
+            each step draw by. Counts up by itself; set it when a run is resumed.
 
     Example:
         >>> model = torch.nn.Linear(8, 8)
@@ -73,7 +92,10 @@ class GradientMasker:
             self._names[parameter].append(plain_name(name))
         self._handles: WeakKeyDictionary[object, RemovableHandle] = WeakKeyDictionary()
         self._selected: dict[Tensor, bool] = {}
+        self._scorers: dict[str, Scorer] = {}
+        self._bad_scores: dict[torch.device, Tensor] = {}
         self._totals: list[tuple[list[str], Tensor]] = []
+        self.step = 0
 
     def attach(self, optimizer: object) -> RemovableHandle:
         """Mask gradients before every ``optimizer.step()`` until ``remove()`` of the handle.
@@ -84,17 +106,19 @@ class GradientMasker:
         Raises:
             ValueError: If the optimizer steps tensors that are not among the named parameters,
                 if a pattern matches none of the parameters that it steps, if the patterns leave
-                none to mask, if this masker is already attached to the optimizer, or if GMT cannot
-                be exact in this set-up.
+                none to mask, if this masker is already attached to the optimizer, if GMT cannot
+                be exact in this set-up, or (also at a step) if the criterion breaks its contract.
             TypeError: (at a step) For a gradient that cannot be masked exactly, such as a sparse
                 one.
         """
         gradients = step_gradients(optimizer, self._names)
         self._check_patterns(gradients)
-        if not self._masked(gradients):
+        masked = self._masked(gradients)
+        if not masked:
             raise ValueError(
                 "include and exclude together leave no parameter to mask. Change the patterns."
             )
+        self._find_scorers(masked)
         handle = self._handles.get(gradients.optimizer)
         if handle is not None and handle.id in (handle.hooks_dict_ref() or ()):
             raise ValueError(
@@ -124,36 +148,110 @@ class GradientMasker:
                 masked.append((names[0], parameter))
         return masked
 
+    def _find_scorers(self, masked: Sequence[tuple[str, Tensor]]) -> None:
+        """Ask the criterion how each parameter is scored, once, and again if there are new ones."""
+        shapes = {name: shape(parameter) for name, parameter in masked}
+        if shapes.keys() <= self._scorers.keys():
+            return
+        name = self.config.criterion
+        scorers = criteria.registered()[name](shapes, self.config.seed or 0)
+        missing = [parameter for parameter in shapes if parameter not in scorers]
+        if missing:
+            raise ValueError(
+                f"The criterion {name!r} does not say how {missing[0]} is scored. It must return a "
+                "scorer for every name that it is given."
+            )
+        self._scorers |= scorers
+
     @torch.no_grad()
     def _mask(self, gradients: StepGradients) -> None:
         """Mask, in place, the gradients that the next step uses."""
-        shards = [gradients.shard(*named) for named in self._masked(gradients)]
-        names: dict[tuple[torch.device, Ranks], list[str]] = defaultdict(list)
-        totals: dict[tuple[torch.device, Ranks], list[Tensor]] = defaultdict(list)
-        for dtype, groups in self._batches(shards):
+        masked = self._masked(gradients)
+        self._find_scorers(masked)
+        shards = [gradients.shard(*named) for named in masked]
+        found: _Found = defaultdict(list)
+        self._mask_whole([shard for shard in shards if self._is_whole(shard)], found)
+        competing = [shard for shard in shards if not self._is_whole(shard)]
+        for dtype, groups in self._batches(competing):
             batch = [shard for group in groups for shard in group]
             rows = Rows(groups)
-            entries = [shard.entries for shard in batch]
-            thresholds = find_thresholds(entries, rows, self.config.mask_ratio, dtype)
-            for key in dict.fromkeys((shard.entries.device, shard.ranks) for shard in batch):
-                here = [i for i, s in enumerate(batch) if (s.entries.device, s.ranks) == key]
-                found = torch.zeros(len(here), 4, dtype=torch.float64, device=key[0])
-                mask_below_(
-                    [entries[i] for i in here],
-                    [rows.of_shard[i] for i in here],
-                    dtype,
-                    thresholds,
-                    found,
-                )
-                names[key] += [batch[i].name for i in here]
-                totals[key].append(found if self.config.log_modules else found.sum(0, keepdim=True))
+            scores = [self._scores(shard, gradients) for shard in batch]
+            thresholds = find_thresholds(scores, rows, self.config.mask_ratio, dtype)
+            self._apply(batch, scores, rows.of_shard, dtype, thresholds, found)
         self._totals = []
-        for key, parts in totals.items():
-            total = torch.cat(parts)
+        for (_, ranks), parts in found.items():
+            total = torch.cat([part for _, part in parts])
             if not self.config.log_modules:
                 total = total.sum(0, keepdim=True)
-            sum_over_ranks(total, key[1])
-            self._totals.append((names[key], total))
+            sum_over_ranks(total, ranks)
+            self._totals.append(([name for names, _ in parts for name in names], total))
+        self.step += 1
+
+    def _is_whole(self, shard: Shard) -> bool:
+        return self._scorers[shard.name] in (KEEP, DROP)
+
+    def _scores(self, shard: Shard, gradients: StepGradients) -> Tensor:
+        """A score for each entry of ``shard``: flat, in the dtype of :meth:`_score_dtype`."""
+        scorer = self._scorers[shard.name]
+        if scorer is MAGNITUDE:
+            return shard.entries
+        assert callable(scorer)
+        entries = Entries(
+            name=shard.name,
+            gradient=shard.entries,
+            step=self.step,
+            read_weight=partial(gradients.weight, shard),
+            positions=partial(gradients.positions, shard),
+        )
+        scores, bad = checked_scores(scorer, entries)
+        if bad.device in self._bad_scores:
+            self._bad_scores[bad.device] |= bad
+        else:  # Of the first scores at once, of others when something is read from the device.
+            self._bad_scores[bad.device] = bad
+            self._check_scores()
+        return scores
+
+    def _score_dtype(self, shard: Shard) -> torch.dtype:
+        return shard.entries.dtype if self._scorers[shard.name] is MAGNITUDE else torch.float32
+
+    def _check_scores(self) -> None:
+        if any(bad.item() for bad in self._bad_scores.values()):
+            raise ValueError(
+                f"The criterion {self.config.criterion!r} returned scores that are negative or "
+                "NaN, so its masks mean nothing. Change the criterion."
+            )
+
+    def _mask_whole(self, shards: Sequence[Shard], found: _Found) -> None:
+        """Keep or drop whole gradients; NaN and infinity survive here too."""
+        for shard in shards:
+            dtype = shard.entries.dtype
+            threshold = infinity_pattern(dtype) if self._scorers[shard.name] is DROP else 0
+            thresholds = torch.tensor([threshold], device=shard.entries.device)
+            self._apply([shard], [shard.entries], [0], dtype, thresholds, found)
+
+    def _apply(
+        self,
+        shards: Sequence[Shard],
+        scores: Sequence[Tensor],
+        rows: Sequence[int],
+        dtype: torch.dtype,
+        thresholds: Tensor,
+        found: _Found,
+    ) -> None:
+        """Mask ``shards`` by thresholds of their rows, and add what was found to ``found``."""
+        for key in dict.fromkeys((shard.entries.device, shard.ranks) for shard in shards):
+            here = [i for i, s in enumerate(shards) if (s.entries.device, s.ranks) == key]
+            entries = [shards[i].entries for i in here]
+            of_entries = [scores[i] for i in here]
+            rows_here = [rows[i] for i in here]
+            totals = torch.zeros(len(here), 4, dtype=torch.float64, device=key[0])
+            if all(score is entry for score, entry in zip(of_entries, entries, strict=True)):
+                mask_below_(entries, rows_here, dtype, thresholds, totals)
+            else:
+                mask_by_scores_(entries, of_entries, rows_here, dtype, thresholds, totals)
+            if not self.config.log_modules:
+                totals = totals.sum(0, keepdim=True)
+            found[key].append(([shards[i].name for i in here], totals))
 
     def statistics(self) -> dict[str, float]:
         """What the last step kept, on all ranks; empty if there was none yet. Reads the device.
@@ -163,6 +261,7 @@ class GradientMasker:
             ``grad_norm_kept``: norm of the masked gradient over norm of the gradient, 1 if both
             are 0.
         """
+        self._check_scores()
         total = torch.zeros(4, dtype=torch.float64)
         for _, part in self._totals:
             total += part.cpu().sum(0)
@@ -200,13 +299,15 @@ class GradientMasker:
         groups: dict[str, list[Shard]] = defaultdict(list)
         for shard in shards:
             groups[group_name(shard.name, self.config.granularity)].append(shard)
-        alike: dict[tuple[torch.dtype, torch.device], list[list[Shard]]] = defaultdict(list)
+        alike: dict[tuple[torch.dtype, torch.device, int], list[list[Shard]]] = defaultdict(list)
         for group in groups.values():
-            dtype = common_dtype([shard.entries.dtype for shard in group])
-            alike[dtype, group[0].entries.device].append(group)
-        for (dtype, _), batch in alike.items():
-            for start in range(0, len(batch), _GROUPS_AT_ONCE):
-                yield dtype, batch[start : start + _GROUPS_AT_ONCE]
+            dtype = common_dtype([self._score_dtype(shard) for shard in group])
+            fast = all(self._scorers[shard.name] is MAGNITUDE for shard in group)
+            at_once = _GROUPS_AT_ONCE if fast else _SCORED_GROUPS_AT_ONCE
+            alike[dtype, group[0].entries.device, at_once].append(group)
+        for (dtype, _, at_once), batch in alike.items():
+            for start in range(0, len(batch), at_once):
+                yield dtype, batch[start : start + at_once]
 
 
 def _statistics(total: Tensor) -> dict[str, float]:

@@ -177,6 +177,29 @@ def mask_below_(
         _mask_by_torch_(tensors[index], dtype, thresholds[rows[index]], totals[index])
 
 
+def mask_by_scores_(
+    tensors: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    thresholds: Tensor,
+    totals: Tensor,
+) -> None:
+    """Set to zero, in place, the entries whose score is below the threshold.
+
+    Args:
+        tensors: Flat tensors, all on the device of ``totals``.
+        scores: Flat and non-negative, one score for each entry.
+        rows: See :func:`mask_below_`, as for the other arguments.
+        dtype: The dtype of the thresholds' bit patterns, in which scores are compared.
+        thresholds: int64 ``(rows,)``.
+        totals: float64 ``(tensors, 4)``, added to in place.
+    """
+    thresholds = thresholds.to(totals.device)
+    for tensor, score, row, total in zip(tensors, scores, rows, totals, strict=True):
+        _mask_by_torch_(tensor, dtype, thresholds[row], total, score)
+
+
 def _count_by_torch(
     tensor: Tensor,
     row: int,
@@ -200,11 +223,18 @@ def _count_by_torch(
         counts[row] += found[:bins]
 
 
-def _mask_by_torch_(tensor: Tensor, dtype: torch.dtype, threshold: Tensor, total: Tensor) -> None:
+def _mask_by_torch_(
+    tensor: Tensor,
+    dtype: torch.dtype,
+    threshold: Tensor,
+    total: Tensor,
+    scores: Tensor | None = None,
+) -> None:
     total[0] += tensor.numel()
-    for chunk in tensor.split(_CHUNK):
+    scores = tensor if scores is None else scores
+    for chunk, score in zip(tensor.split(_CHUNK), scores.split(_CHUNK), strict=True):
         before = torch.linalg.vector_norm(chunk, dtype=torch.float64)
-        chunk.masked_fill_(magnitude_patterns(chunk, dtype) < threshold, 0)
+        chunk.masked_fill_(magnitude_patterns(score, dtype) < threshold, 0)
         after = torch.linalg.vector_norm(chunk, dtype=torch.float64)
         total[1:] += torch.stack([chunk.count_nonzero(), before.square(), after.square()])
 

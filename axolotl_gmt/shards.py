@@ -6,6 +6,7 @@ and sums over ranks; it knows nothing of masks, thresholds or trainers.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -41,9 +42,9 @@ def plain_name(name: str) -> str:
     return _WRAPPERS.sub("", name)
 
 
-def entries(parameter: Tensor) -> int:
-    """Entries of a whole parameter, also where ZeRO-3 leaves an empty tensor in its place."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+def shape(parameter: Tensor) -> torch.Size:
+    """Shape of a whole parameter, also where ZeRO-3 leaves an empty tensor in its place."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Shard:
 
     Attributes:
         name: Parameter name in the unwrapped model.
+        parameter: The parameter, as the optimizer has it.
         entries: Flat view of the gradient's memory, shape ``(local entries,)``; writing to it
             writes to the gradient. The order of entries is that of memory. Empty if there is no
             gradient here, so that all ranks hold the same list of shards.
@@ -59,6 +61,7 @@ class Shard:
     """
 
     name: str
+    parameter: Tensor
     entries: Tensor
     ranks: Ranks
 
@@ -116,9 +119,40 @@ class StepGradients:
             raise TypeError(f"{name} lies on mps, which has no float64. Train on cuda or the CPU.")
         ranks = _sharded_over(name, reference) if isinstance(reference, DTensor) else ()
         if gradient is None:
-            local = reference.to_local() if isinstance(reference, DTensor) else reference
-            return Shard(name, local.new_empty(0), ranks)
-        return Shard(name, _local_entries(parameter, gradient), ranks)
+            local = _local(reference)
+            return Shard(name, parameter, local.new_empty(0), ranks)
+        return Shard(name, parameter, _local_entries(parameter, gradient), ranks)
+
+    def weight(self, shard: Shard) -> Tensor:
+        """The weights whose gradients are ``shard.entries``, in the same order: ``(entries,)``."""
+        gradient = shard.parameter.grad
+        if gradient is None:
+            return shard.entries.to(shard.parameter.dtype)
+        weight = _local(shard.parameter.detach())
+        return weight.permute(_memory_order(_local(gradient))).reshape(-1)
+
+    def positions(self, shard: Shard, start: int, stop: int) -> Tensor:
+        """Where ``shard.entries[start:stop]`` lie in the whole, flattened parameter.
+
+        Returns:
+            int64 ``(stop - start,)`` on the device of the entries.
+        """
+        gradient = shard.parameter.grad
+        device = shard.entries.device
+        flat = torch.arange(start, stop, device=device)
+        whole = not isinstance(gradient, DTensor)
+        if gradient is None or start == stop or (whole and gradient.is_contiguous()):
+            return flat
+        local = _local(gradient)
+        positions = torch.zeros_like(flat)
+        # An entry's place in memory gives its local coordinates, and each coordinate, by a look-up
+        # of which rows are here, that in the whole parameter.
+        for dim, (size, stride) in enumerate(zip(local.shape, local.stride(), strict=True)):
+            if size > 1 or gradient.size(dim) > 1:
+                coordinate = (flat // max(stride, 1)) % size
+                here = _indices_here(gradient, dim).to(device)
+                positions += here[coordinate] * math.prod(gradient.shape[dim + 1 :])
+        return positions
 
     def before_step(self, mask: Callable[[], None]) -> RemovableHandle:
         """Call ``mask`` before each step, when the gradients are complete."""
@@ -180,9 +214,35 @@ def _sharded_over(name: str, tensor: DTensor) -> Ranks:
     )
 
 
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _indices_here(tensor: Tensor, dim: int) -> Tensor:
+    """Which indices along ``dim`` of the whole tensor are in this process: int64 ``(local size,)``.
+
+    A vector of all indices is sharded over the mesh as the tensor is, which sends nothing and holds
+    for every kind of placement.
+    """
+    shape = [1] * tensor.dim()
+    shape[dim] = tensor.size(dim)
+    indices = torch.arange(tensor.size(dim)).view(shape)
+    if not isinstance(tensor, DTensor):
+        return indices.flatten()
+    mesh = tensor.device_mesh
+    placements = [
+        placement
+        if not placement.is_replicate() and placement.dim % tensor.dim() == dim  # type: ignore[attr-defined]
+        else Replicate()
+        for placement in tensor.placements
+    ]
+    indices = indices.to(_local(tensor).device)
+    return distribute_tensor(indices, mesh, placements, src_data_rank=None).to_local().flatten()
+
+
 def _local_entries(parameter: Tensor, gradient: Tensor) -> Tensor:
     """Flat view of the local part of ``gradient``, made dense first if its layout is not."""
-    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    local = _local(gradient)
     entries = _flat_view(local)
     if entries is not None:
         return entries
@@ -205,9 +265,13 @@ def _local_entries(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 def _flat_view(tensor: Tensor) -> Tensor | None:
     """All entries of ``tensor`` in memory order without a copy, or None if they are not dense."""
-    strides = tensor.stride()
-    dense = tensor.permute(sorted(range(tensor.dim()), key=lambda dim: -strides[dim]))
+    dense = tensor.permute(_memory_order(tensor))
     return dense.view(-1) if dense.is_contiguous() else None
+
+
+def _memory_order(tensor: Tensor) -> list[int]:
+    strides = tensor.stride()
+    return sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
 
 
 class Rows:

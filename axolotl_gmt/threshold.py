@@ -25,6 +25,7 @@ from axolotl_gmt.passes import (
     sum_neighbours,
 )
 from axolotl_gmt.passes import mask_below_ as mask_below_
+from axolotl_gmt.passes import mask_by_scores_ as mask_by_scores_
 from axolotl_gmt.shards import Rows
 
 

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
@@ -145,8 +146,38 @@ class ZeroGradients(StepGradients):
         Padding, which ZeRO adds to make partitions equal, is no part of it.
         """
         if self._stage_3:
-            return Shard(name, *self._stage_3_entries(parameter))
-        return Shard(name, *self._stage_1_and_2_entries(parameter))
+            return Shard(name, parameter, *self._stage_3_entries(parameter))
+        return Shard(name, parameter, *self._stage_1_and_2_entries(parameter))
+
+    def weight(self, shard: Shard) -> Tensor:
+        """The fp32 weights, which ZeRO steps, whose gradients are ``shard.entries``."""
+        partition, start = self._place_in_partition(shard.parameter)
+        weight = partition.detach().narrow(0, start, len(shard.entries))
+        return weight.to(shard.entries.device)
+
+    def positions(self, shard: Shard, start: int, stop: int) -> Tensor:
+        """Where ``shard.entries[start:stop]`` lie in the whole, flattened parameter."""
+        first = self._first_position(shard.parameter)
+        return torch.arange(first + start, first + stop, device=shard.entries.device)
+
+    def _place_in_partition(self, parameter: Any) -> tuple[Tensor, int]:
+        """The fp32 partition that holds the local part of ``parameter``, and where it begins."""
+        zero = self.optimizer
+        index, _ = self._place[parameter]
+        if self._stage_3:
+            _, start, _ = zero.grad_position[zero.get_param_id(parameter)]
+            return zero.fp32_partitioned_groups_flat[index], start
+        mapping = parameter._hp_mapping
+        start = 0 if mapping is None else mapping.get_hp_fragment_address().start
+        return zero.single_partition_of_fp32_groups[index], start
+
+    def _first_position(self, parameter: Any) -> int:
+        """Where in ``parameter`` its local part begins."""
+        if self._stage_3:
+            _, _, padded = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            return int(padded * dist.get_rank(parameter.ds_process_group))
+        mapping = parameter._hp_mapping
+        return 0 if mapping is None else int(mapping.lp_fragment_address.start)
 
     def _stage_1_and_2_entries(self, parameter: Any) -> tuple[Tensor, Ranks]:
         index, _ = self._place[parameter]

@@ -125,7 +125,7 @@ def test_candidates_are_the_entries_that_match_if_these_are_few(
 
 def _masked(gradient: Tensor) -> Tensor:
     entries = gradient.clone()
-    rows = Rows([[Shard("", entries, ())]])
+    rows = Rows([[Shard("", entries, entries, ())]])
     thresholds = find_thresholds([entries], rows, 0.5, entries.dtype)
     mask_below_(
         [entries], rows.of_shard, entries.dtype, thresholds, torch.zeros(1, 4, dtype=torch.float64)

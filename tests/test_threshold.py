@@ -37,7 +37,7 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def rows_of(groups: list[list[Tensor]]) -> Rows:
-    return Rows([[Shard("", tensor, ()) for tensor in group] for group in groups])
+    return Rows([[Shard("", tensor, tensor, ()) for tensor in group] for group in groups])
 
 
 def fast(gradients: list[Tensor], mask_ratio: float) -> tuple[list[Tensor], Tensor]:

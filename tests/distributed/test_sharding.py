@@ -64,7 +64,28 @@ def torchrun(processes: int, module: str, *arguments: str) -> subprocess.Complet
 def test_every_mask_is_that_of_one_process(processes: int, case: str) -> None:
     result = torchrun(processes, "tests.distributed.worker", case)
     assert result.returncode == 0, result.stderr[-6000:]
-    assert f"ok {case}" in result.stdout
+    assert f"ok {case} gradient" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("processes", "case"),
+    [
+        (2, "ddp"),
+        (2, "fsdp2_bf16"),
+        (2, "tp"),
+        (2, "zero_2"),
+        (2, "zero_3"),
+        (4, "fsdp2_and_tp"),
+        (4, "random_shardings"),
+    ],
+)
+def test_criteria_choose_the_mask_of_one_process(processes: int, case: str) -> None:
+    # Shapes that are drawn need not have matrices in layers, which `half` is about.
+    names = ["random", "gradient_weight", "half"][: 2 if case == "random_shardings" else 3]
+    result = torchrun(processes, "tests.distributed.worker", case, *names)
+    assert result.returncode == 0, result.stderr[-6000:]
+    for name in names:
+        assert f"ok {case} {name}" in result.stdout
 
 
 def test_a_rank_that_dies_ends_the_others_with_an_error() -> None:

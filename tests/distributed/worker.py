@@ -1,7 +1,7 @@
 """What one rank does: trains a small model sharded in some way and compares every mask and weight
 with one process that holds the whole gradient.
 
-Run by torchrun: ``worker.py CASE``. Each case prints nothing and exits 0, or raises.
+Run by torchrun: ``worker.py CASE [CRITERION...]``. A case says that it is ok, or raises.
 """
 
 from __future__ import annotations
@@ -19,27 +19,54 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from axolotl_gmt import GMTConfig, GradientMasker
+from axolotl_gmt import GMTConfig, GradientMasker, criteria
+from axolotl_gmt.criteria import DROP, KEEP
 from axolotl_gmt.masker import group_name
-from tests.reference.gmt_reference import masked
+from axolotl_gmt.shards import plain_name
+from tests.reference.gmt_reference import masked, masked_by_scores, random_scores
 
 GRANULARITIES: tuple[Any, ...] = ("tensor", "layer", "global")
 STEPS = 3
 LR = 2.0**-7  # a power of two: exact, and small enough to keep the model finite
 
+criterion = "gradient"  # what the command line says
+
 
 def expected_step(
-    gradients: dict[str, Tensor], mask_ratio: float, granularity: Any
+    gradients: dict[str, Tensor],
+    mask_ratio: float,
+    granularity: Any,
+    weights: dict[str, Tensor],
+    step: int,
 ) -> dict[str, Tensor]:
     """The masked gradients that one process finds, by sorting."""
     result: dict[str, Tensor] = {}
+    if criterion == "half":
+        scorers = criteria.half({name: weight.shape for name, weight in weights.items()}, 0)
+        assert {DROP, KEEP} == set(scorers.values())
+        return {
+            name: gradient if scorers[name] is KEEP else torch.zeros_like(gradient)
+            for name, gradient in gradients.items()
+        }
     groups: dict[str, list[str]] = {}
     for name in gradients:
         groups.setdefault(group_name(name, granularity), []).append(name)
     for names in groups.values():
-        survivors = masked([gradients[name] for name in names], mask_ratio)
+        compete = [gradients[name] for name in names]
+        if criterion == "gradient":
+            survivors = masked(compete, mask_ratio)
+        elif criterion == "random":
+            scores = [random_scores(name, gradients[name].shape, 0, step) for name in names]
+            survivors = masked_by_scores(compete, scores, mask_ratio)
+        else:
+            scores = [(gradients[name].float() * weights[name].float()).abs() for name in names]
+            survivors = masked_by_scores(compete, scores, mask_ratio)
         result.update(zip(names, survivors, strict=True))
     return result
+
+
+def config_of(mask_ratio: float, granularity: Any) -> GMTConfig:
+    return GMTConfig(mask_ratio=mask_ratio, granularity=granularity, criterion=criterion)
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -96,24 +123,21 @@ def check_steps(
 ) -> None:
     """Compare gradients after masking, and weights after SGD steps, with the reference."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
-    config = GMTConfig(mask_ratio=mask_ratio, granularity=granularity)
-    masker = GradientMasker(model.named_parameters(), config)
+    masker = GradientMasker(model.named_parameters(), config_of(mask_ratio, granularity))
     masker.attach(optimizer)
     for step in range(STEPS):
         optimizer.zero_grad()
         backward(step)
-        before = {name: full(p) for name, p in model.named_parameters()}
-        gradients = {
-            name: full(p.grad) for name, p in model.named_parameters() if p.grad is not None
-        }
-        expected = expected_step(gradients, mask_ratio, granularity)
+        named = {plain_name(name): p for name, p in model.named_parameters()}
+        before = {name: full(p) for name, p in named.items()}
+        gradients = {name: full(p.grad) for name, p in named.items() if p.grad is not None}
+        expected = expected_step(gradients, mask_ratio, granularity, before, step)
         optimizer.step()
-        for name, parameter in model.named_parameters():
-            if name not in expected:
-                continue
+        for name, survivor in expected.items():
+            parameter = named[name]
             assert parameter.grad is not None
-            assert torch.equal(full(parameter.grad), expected[name]), (granularity, step, name)
-            assert torch.equal(full(parameter), before[name] - LR * expected[name]), name
+            assert torch.equal(full(parameter.grad), survivor), (granularity, step, name)
+            assert torch.equal(full(parameter), before[name] - LR * survivor), name
         statistics = masker.statistics()
         entries = sum(tensor.numel() for tensor in gradients.values())
         kept = sum(int(tensor.count_nonzero()) for tensor in expected.values())
@@ -258,7 +282,7 @@ def zero(stage: int, dtype: torch.dtype = torch.float32, **config: Any) -> None:
             )
             masker = GradientMasker(
                 engine.module.named_parameters(),
-                GMTConfig(mask_ratio=mask_ratio, granularity=granularity),
+                config_of(mask_ratio, granularity),
             )
             masker.attach(optimizer)
             for step in range(STEPS):
@@ -273,7 +297,8 @@ def zero(stage: int, dtype: torch.dtype = torch.float32, **config: Any) -> None:
                     assert parameter.grad is not None
                     dist.all_reduce(parameter.grad)
                     gradients[name] = parameter.grad / dist.get_world_size()
-                expected = expected_step(gradients, mask_ratio, granularity)
+                weights = {n: before[n].view_as(gradient) for n, gradient in gradients.items()}
+                expected = expected_step(gradients, mask_ratio, granularity, weights, step)
                 engine.backward(loss_of(engine(batch(step, dist.get_rank()))))
                 engine.step()
                 norm = torch.cat([g.flatten().float() for g in gradients.values()]).norm()
@@ -381,18 +406,21 @@ def random_shardings() -> None:
                 Replicate() if dim is None or dim >= len(shape) else Shard(dim)
                 for dim in dims[: meshes[mesh].ndim]
             ]
-            parameter = distribute_tensor(torch.zeros(shape, dtype=dtype), meshes[mesh], placements)
+            weight = torch.randn(shape, generator=generator).to(dtype)
+            parameter = distribute_tensor(weight, meshes[mesh], placements)
             parameters[name] = nn.Parameter(parameter)
             if present:
                 parameters[name].grad = distribute_tensor(gradients[name], meshes[mesh], placements)
         optimizer = torch.optim.SGD(parameters.values(), lr=1.0)
-        config = GMTConfig(mask_ratio=mask_ratio, granularity=granularity)
+        config = config_of(mask_ratio, granularity)
         GradientMasker(parameters.items(), config).attach(optimizer)
         there = {n: g for n, g in gradients.items() if parameters[n].grad is not None}
-        expected = expected_step(there, mask_ratio, granularity)
+        before = {name: full(parameter) for name, parameter in parameters.items()}
+        expected = expected_step(there, mask_ratio, granularity, before, 0)
         optimizer.step()
         for name, gradient in expected.items():
-            assert torch.equal(full(parameters[name]), -gradient), (name, tensors, granularity)
+            moved = before[name] - gradient
+            assert torch.equal(full(parameters[name]), moved), (name, tensors, granularity)
 
     check()
 
@@ -420,7 +448,7 @@ def gradients_missing_on_one_rank() -> None:
         config = GMTConfig(mask_ratio=0.6, granularity=granularity)
         GradientMasker(parameters.items(), config).attach(optimizer)
         optimizer.step()
-        for name, gradient in expected_step(there, 0.6, granularity).items():
+        for name, gradient in expected_step(there, 0.6, granularity, {}, 0).items():
             moved = full(parameters[name])[-len(gradient) :]
             assert torch.equal(moved, -gradient), (granularity, name)
 
@@ -537,6 +565,7 @@ CASES = {
 
 
 def main() -> None:
+    global criterion
     torch.set_num_threads(1)
     if any(name.startswith(("zero", "deepspeed")) for name in sys.argv):
         import deepspeed
@@ -545,10 +574,11 @@ def main() -> None:
     else:
         dist.init_process_group("gloo")
     try:
-        for name in sys.argv[1:]:
+        name, *selected = sys.argv[1:]
+        for criterion in selected or ["gradient"]:
             CASES[name]()
             if dist.get_rank() == 0:
-                print(f"ok {name}", flush=True)
+                print(f"ok {name} {criterion}", flush=True)
     finally:
         dist.destroy_process_group()
 

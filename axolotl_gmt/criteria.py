@@ -1,0 +1,292 @@
+"""What makes a gradient entry important: the built-in criteria, and the contract for your own.
+
+A criterion is a function ``(shapes, seed) -> scorers``. It is called once, when masking is attached
+to an optimizer:
+
+- ``shapes``: the shape of each parameter subject to masking, by its name in the unwrapped model
+  (``model.layers.3.mlp.down_proj.weight``). Shapes are those of whole parameters, however they are
+  sharded, and the mapping is the same on every rank.
+- ``seed``: ``gmt_seed``, else the run's seed; the same on every rank.
+- ``scorers``: for each of these names, how its entries are scored. One of
+
+  - :data:`MAGNITUDE`: an entry's score is the magnitude of its gradient. Takes the fast path.
+  - :data:`KEEP`: the whole gradient always survives, and competes with no other.
+  - :data:`DROP`: the whole gradient is always set to zero.
+  - a function from :class:`Entries` to scores, called at every optimizer step.
+
+Of n entries that compete (those of a tensor, a layer or all, see ``gmt_granularity``) the
+k = max(1, n - round(mask_ratio * n)) with the largest scores survive, and those that tie with the
+k-th. Scores are a flat float32 tensor, one for each local entry in the order of
+``entries.gradient``, on its device, non-negative and not NaN. An entry whose gradient is NaN or
+infinite survives whatever its score is.
+
+What is promised about sharding: under FSDP2, tensor parallel and ZeRO a function sees the entries
+that live in its process, and ``gradient``, ``weight`` and ``positions`` line up. Thresholds are
+found over all ranks. A score that depends on an entry's own gradient, weight and position alone
+gives the same mask on any number of ranks; one that depends on its neighbours (a mean over the
+tensor, say) does not, unless the function talks to the other ranks itself. Functions are called for
+the same parameters in the same order on every rank, also where a rank holds no entry.
+
+A package offers criteria by a module with a hook, registered under the entry-point group
+``axolotl_gmt``. A complete one, which prefers entries that would change a weight the most
+relative to its size::
+
+    # relative_change.py
+    from axolotl_gmt.criteria import hookimpl
+
+    def relative_change(shapes, seed):
+        def score(entries):
+            return entries.gradient.float().abs() / (entries.weight.float().abs() + 1e-6)
+        return dict.fromkeys(shapes, score)
+
+    @hookimpl
+    def gmt_criteria():
+        return {"relative_change": relative_change}
+
+    # pyproject.toml
+    [project.entry-points.axolotl_gmt]
+    relative_change = "relative_change"
+
+With it installed, ``gmt_criterion: relative_change`` selects by it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from importlib.metadata import entry_points
+from typing import cast
+
+import pluggy
+import torch
+from torch import Tensor
+
+from axolotl_gmt.names import layer_name, place
+
+ENTRY_POINT_GROUP = "axolotl_gmt"
+
+hookspec = pluggy.HookspecMarker(ENTRY_POINT_GROUP)
+hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
+
+
+class Verdict(Enum):
+    """How a parameter is masked without a score of its own for each entry."""
+
+    MAGNITUDE = "the magnitude of its gradient is an entry's score"
+    KEEP = "every entry survives"
+    DROP = "no entry survives"
+
+
+MAGNITUDE, KEEP, DROP = Verdict.MAGNITUDE, Verdict.KEEP, Verdict.DROP
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The entries of one parameter that live in this process, at one optimizer step.
+
+    Attributes:
+        name: The parameter's name in the unwrapped model.
+        gradient: Flat, shape ``(local entries,)``, bf16, fp16, fp32 or fp64: the gradient itself,
+            so it must not be written to.
+        step: The number of optimizer steps before this one, counted from the start of training,
+            resumed or not.
+        read_weight: Reads :attr:`weight`.
+        positions: ``positions(start, stop)`` gives, for the local entries from ``start`` to
+            ``stop``, the index of each in the whole, flattened parameter: int64
+            ``(stop - start,)`` on the gradient's device. It does not depend on how the parameter
+            is sharded.
+    """
+
+    name: str
+    gradient: Tensor
+    step: int
+    read_weight: Callable[[], Tensor]
+    positions: Callable[[int, int], Tensor]
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter's entries in the order of the gradient's, shape ``(local entries,)``.
+
+        Of the parameter that the optimizer steps: under ZeRO the fp32 one.
+        """
+        return self.read_weight()
+
+
+Scorer = Verdict | Callable[[Entries], Tensor]
+Criterion = Callable[[Mapping[str, torch.Size], int], Mapping[str, Scorer]]
+
+
+def checked_scores(scorer: Callable[[Entries], Tensor], entries: Entries) -> tuple[Tensor, Tensor]:
+    """The scores of ``entries``, infinite where the gradient is not finite.
+
+    Returns:
+        The scores, and a bool tensor of shape ``()``: whether one is negative or NaN. It stays on
+        the device, so that asking costs no synchronisation.
+
+    Raises:
+        ValueError: If the scores have another shape, dtype or device than the contract says.
+    """
+    gradient = entries.gradient
+    scores = scorer(entries)
+    wanted = (gradient.shape, torch.float32, gradient.device)
+    if not isinstance(scores, Tensor) or (scores.shape, scores.dtype, scores.device) != wanted:
+        got = (
+            f"{tuple(scores.shape)} of {scores.dtype} on {scores.device}"
+            if isinstance(scores, Tensor)
+            else repr(scores)
+        )
+        raise ValueError(
+            f"The criterion's scores of {entries.name} must be a tensor of shape "
+            f"{tuple(gradient.shape)} of torch.float32 on {gradient.device}, but it returned "
+            f"{got}. Change the criterion."
+        )
+    broken = ~gradient.isfinite()
+    bad = (~(scores >= 0) & ~broken).any()  # NaN compares false
+    return scores.masked_fill(broken, math.inf), bad
+
+
+class _Hooks:
+    @hookspec
+    def gmt_criteria(self) -> Mapping[str, Criterion]:  # type: ignore[empty-body]
+        """The criteria that a package brings, by the name that ``gmt_criterion`` gives them."""
+
+
+def gradient(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, Scorer]:
+    """|g|, the magnitude of the gradient: Gradient-Mask Tuning itself (Li et al. 2025)."""
+    del seed
+    return dict.fromkeys(shapes, MAGNITUDE)
+
+
+def gradient_weight(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, Scorer]:
+    """|g * w|: to first order, how much the loss would change if the weight were zero."""
+    del seed
+
+    def score(entries: Entries) -> Tensor:
+        return torch.mul(entries.gradient.float(), entries.weight.float()).abs_()
+
+    return dict.fromkeys(shapes, score)
+
+
+_CHUNK = 1 << 20  # entries scored at a time, which bounds the memory of the int64 arithmetic
+
+
+def random_uniform(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, Scorer]:
+    """A uniform random mask of the same size, drawn anew at every step.
+
+    The control for whether magnitude matters at all. A score is a hash of the seed, the step, the
+    parameter's name and the entry's position in the whole parameter, so the mask does not depend
+    on the number of ranks, on the device or on where the run was resumed.
+    """
+
+    def score(entries: Entries) -> Tensor:
+        key = _key(seed, entries.step, entries.name)
+        size = len(entries.gradient)
+        scores = torch.empty(size, device=entries.gradient.device)
+        for start in range(0, size, _CHUNK):
+            stop = min(start + _CHUNK, size)
+            scores[start:stop] = _uniform(entries.positions(start, stop), key)
+        return scores
+
+    return dict.fromkeys(shapes, score)
+
+
+def _key(*parts: object) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True)
+
+
+def _uniform(positions: Tensor, key: int) -> Tensor:
+    """Numbers in [0, 1) from int64 positions: splitmix64 of each, its upper 24 bits as a float.
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
+    x = positions * _signed(0x9E3779B97F4A7C15) + key  # int64 arithmetic wraps around
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ _shift_right(x, shift)) * _signed(factor)
+    x = x ^ _shift_right(x, 31)
+    return _shift_right(x, 40).float() * 2.0**-24
+
+
+def _signed(bits: int) -> int:
+    return bits - (bits >> 63 << 64)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def half(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, Scorer]:
+    """Half of the matrices of each decoder layer frozen for the whole run, the others free.
+
+    A baseline in the manner of Half Fine-Tuning (Hui et al. 2024, arXiv 2404.18466). As there,
+    whole matrices are frozen, half of each category (those of a layer's attention, those of its
+    MLP), and the rest is trained as usual. Unlike there, the halves are drawn once and stay for the
+    run, where the paper draws anew for each stage of fine-tuning; of an odd number of matrices,
+    layers with an even number freeze one less than layers with an odd number; and everything but
+    a layer's matrices (embeddings, norms, biases, head) is trained. ``mask_ratio`` has no effect.
+
+    A frozen matrix has a gradient of zero, so weight decay would still move it: set that to 0.
+    """
+    scorers: dict[str, Scorer] = dict.fromkeys(shapes, KEEP)
+    categories: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, shape in shapes.items():
+        layer = layer_name(name)
+        if layer is not None and len(shape) >= 2:
+            categories[layer, place(name).module.partition(".")[0]].append(name)
+    for (layer, category), names in categories.items():
+        number = place(names[0]).layer or 0
+        frozen = (len(names) + number % 2) // 2
+        draw = random.Random(_key(seed, layer, category))
+        scorers.update(dict.fromkeys(draw.sample(sorted(names), frozen), DROP))
+    return scorers
+
+
+@hookimpl
+def gmt_criteria() -> Mapping[str, Criterion]:
+    """The built-in criteria."""
+    return {
+        "gradient": gradient,
+        "random": random_uniform,
+        "gradient_weight": gradient_weight,
+        "half": half,
+    }
+
+
+def registered() -> dict[str, Criterion]:
+    """All criteria of this installation by name, the built-in ones first.
+
+    Raises:
+        ValueError: If a package cannot be loaded, or if two claim one name.
+    """
+    manager = pluggy.PluginManager(ENTRY_POINT_GROUP)
+    manager.add_hookspecs(_Hooks)
+    manager.register(sys.modules[__name__], name="axolotl_gmt")
+    # Not load_setuptools_entrypoints, which skips a second entry point of the same name in silence.
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        package = point.dist.name if point.dist else point.value
+        try:
+            manager.register(point.load(), name=f"{package} ({point.value})")
+        except Exception as error:  # Somebody else's module raises anything as it is imported.
+            raise ValueError(
+                f"The package {package} offers criteria for GMT, but {point.value} cannot be "
+                f"loaded ({type(error).__name__}: {error}). Repair or uninstall it."
+            ) from error
+    found: dict[str, Criterion] = {}
+    owner: dict[str, str] = {}
+    for implementation in manager.hook.gmt_criteria.get_hookimpls():
+        offered = cast(Mapping[str, Criterion], implementation.function())
+        for name, criterion in offered.items():
+            if name in owner:
+                raise ValueError(
+                    f"The criterion {name!r} is claimed by {owner[name]} and by "
+                    f"{implementation.plugin_name}. Uninstall one of them, or rename its criterion."
+                )
+            owner[name] = implementation.plugin_name
+            found[name] = criterion
+    return found
