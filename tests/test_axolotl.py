@@ -6,17 +6,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
 
 from axolotl_gmt import GMTCallback
+from axolotl_gmt.model_card import HEADING, TAGS
+from axolotl_gmt.training_log import find_state, read_log
 from tests.conftest import Run, RunAxolotl
-from tests.reference.gmt_reference import masked
+from tests.reference.gmt_reference import masked, masked_by_scores, random_scores
 
 LORA: dict[str, Any] = {
     "adapter": "lora",
@@ -232,6 +237,47 @@ def test_parameter_groups_of_axolotl(
     assert_masked_like_reference(run_axolotl(sft_yaml, plugins=plugins, max_steps=2, **settings))
 
 
+@pytest.mark.parametrize("criterion", ["random", "gradient_weight"])
+def test_scored_criteria_mask_like_the_reference(
+    run_axolotl: RunAxolotl, sft_yaml: dict[str, Any], toy_model: Path, criterion: str
+) -> None:
+    run = run_axolotl(
+        sft_yaml,
+        optimizer="gmt",
+        gmt_base_optimizer="sgd",
+        gmt_criterion=criterion,
+        gmt_mask_ratio=0.8,
+        learning_rate=0.1,
+        lr_scheduler="constant",
+        max_grad_norm=0.0,
+        weight_decay=0.0,
+        max_steps=2,
+    )
+    weights = load_file(toy_model / "model.safetensors")
+    for step, (gradients, left) in enumerate(zip(run.gradients, run.masked, strict=True)):
+        for name, gradient in gradients.items():
+            score = (
+                random_scores(name, gradient.shape, 7, step)  # the run's seed
+                if criterion == "random"
+                else (gradient * weights[name]).abs()
+            )
+            (survivors,) = masked_by_scores([gradient], [score], 0.8)
+            assert torch.equal(left[name], survivors), name
+            weights[name] = weights[name] - 0.1 * survivors
+
+
+def test_half_freezes_half_of_the_matrices(
+    run_axolotl: RunAxolotl, sft_yaml: dict[str, Any], toy_model: Path
+) -> None:
+    run = run_axolotl(sft_yaml, plugins=["axolotl_gmt"], gmt_criterion="half", weight_decay=0.0)
+    before = load_file(toy_model / "model.safetensors")
+    frozen = [name for name, weight in run.weights.items() if torch.equal(weight, before[name])]
+    assert len(frozen) == 7
+    assert all("_proj" in name for name in frozen)
+    for step in run.masked:
+        assert all(bool((step[name] != 0).any()) != (name in frozen) for name in step)
+
+
 def test_bf16(run_axolotl: RunAxolotl, sft_yaml: dict[str, Any]) -> None:
     run = run_axolotl(sft_yaml, plugins=["axolotl_gmt", "tests.use_cpu.UseCpu"], bf16=True)
     assert torch.bfloat16 in {g.dtype for step in run.gradients for g in step.values()}
@@ -361,3 +407,111 @@ def test_statistics_reach_tensorboard(
     scalars = [event.value for event in accumulator.Scalars("train/gmt/kept_fraction")]
     assert scalars == pytest.approx(run.kept_fractions, abs=1e-6)
     assert len(accumulator.Scalars("train/gmt/grad_norm_kept")) == 3
+
+
+def section_of(card: ModelCard) -> str:
+    """The section on GMT, which must be there once, as must its tags and all else."""
+    assert card.text.count(HEADING) == 1
+    assert card.data.tags is not None
+    assert [card.data.tags.count(tag) for tag in TAGS] == [1, 1]
+    assert len(card.data.tags) > 2
+    return str(card.text[card.text.index(HEADING) :])
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_a_run_leaves_a_report_and_a_section_in_its_model_card(
+    run_axolotl: RunAxolotl, sft_yaml: dict[str, Any], dpo_yaml: dict[str, Any], method: str
+) -> None:
+    config = {"sft": sft_yaml, "dpo": dpo_yaml}[method]
+    run = run_axolotl(
+        config, plugins=["axolotl_gmt"], gmt_mask_ratio=0.75, gmt_exclude=r"\.bias$|norm"
+    )
+    page = (run.output / "gmt_report" / "index.html").read_text()
+    assert "0.75 (kept 0.25)" in page
+    assert "AdamW" in page
+
+    log = read_log(find_state(run.output))
+    assert log.settings["exclude"] == [r"\.bias$|norm"]
+    assert (log.step, log.max_steps) == (3, 3)
+    np.testing.assert_array_equal(log.curves["gmt/kept_fraction"].values, run.kept_fractions)
+    assert log.last("loss") == [entry["loss"] for entry in run.logs if "loss" in entry][-1]
+    assert log.masked_parameters == sum(
+        g.numel() for n, g in run.gradients[0].items() if "norm" not in n
+    )
+    # A checkpoint alone tells the same of the settings.
+    assert read_log(find_state(run.output / "checkpoint-3")).settings == log.settings
+
+    section = section_of(ModelCard.load(run.output / "README.md"))
+    settings = yaml.safe_load(section.split("```yaml")[1].split("```")[0])
+    assert settings["gmt_mask_ratio"] == 0.75
+    assert settings["gmt_exclude"] == [r"\.bias$|norm"]
+    assert f"{sum(run.kept_fractions) / 3:.2%}" in section
+    assert "2406.15330" in section
+
+
+def test_module_statistics_add_up_to_those_of_the_whole(
+    run_axolotl: RunAxolotl, sft_yaml: dict[str, Any]
+) -> None:
+    run = run_axolotl(sft_yaml, plugins=["axolotl_gmt"], gmt_log_modules=True)
+    sizes = {name.removesuffix(".weight"): tensor.numel() for name, tensor in run.weights.items()}
+    logs = [log for log in run.logs if "loss" in log]
+    for log, kept in zip(logs, run.kept_fractions, strict=True):
+        prefix = "gmt/kept_fraction/"
+        modules = {key.removeprefix(prefix): log[key] for key in log if key.startswith(prefix)}
+        assert modules.keys() == sizes.keys()
+        weighted = sum(sizes[name] * fraction for name, fraction in modules.items())
+        assert weighted / sum(sizes.values()) == pytest.approx(kept, abs=1e-4)  # logs are rounded
+    assert (run.output / "gmt_report" / "grad_norm_kept_by_step.png").is_file()
+
+
+def test_without_gmt_there_is_no_report_and_no_section(
+    run_axolotl: RunAxolotl, sft_yaml: dict[str, Any]
+) -> None:
+    run = run_axolotl(sft_yaml, max_steps=1)
+    card = ModelCard.load(run.output / "README.md")
+    assert HEADING not in card.text
+    assert not set(TAGS) & set(card.data.tags or [])
+    assert not (run.output / "gmt_report").exists()
+    assert not (run.output / "trainer_state.json").exists()
+
+
+def test_the_section_reaches_the_hub(
+    run_axolotl: RunAxolotl, dpo_yaml: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards: list[ModelCard] = []
+
+    class Hub:
+        def create_repo(self, name: str, **settings: Any) -> Any:
+            return SimpleNamespace(repo_id=name)
+
+        def upload_folder(self, folder_path: str, **settings: Any) -> Any:
+            cards.append(ModelCard.load(Path(folder_path, "README.md")))
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    run_axolotl(
+        dpo_yaml,
+        plugins=["axolotl_gmt"],
+        max_steps=1,
+        hub_model_id="somebody/something",
+        hub_strategy="end",
+    )
+    assert cards
+    assert "kept fraction" in section_of(cards[-1])
+
+
+def test_a_model_card_that_cannot_be_completed_does_not_stop_a_run(
+    run_axolotl: RunAxolotl,
+    sft_yaml: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full_disk(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("axolotl_gmt.plugin.add_section", full_disk)
+    monkeypatch.setattr("axolotl_gmt.callback.write_report", full_disk)
+    run = run_axolotl(sft_yaml, plugins=["axolotl_gmt"], max_steps=1)
+    assert run.weights
+    assert (run.output / "README.md").is_file()
+    assert "The section on GMT is missing" in caplog.text
+    assert f"python -m axolotl_gmt report {run.output}" in caplog.text
