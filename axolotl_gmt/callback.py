@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import shlex
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -17,7 +19,9 @@ from transformers.trainer_callback import CallbackHandler
 
 from axolotl_gmt.config import GMTConfig
 from axolotl_gmt.masker import GradientMasker
+from axolotl_gmt.report import FOLDER, write_report
 from axolotl_gmt.shards import shape
+from axolotl_gmt.training_log import RECORD, STATE_FILE, parse_state
 from axolotl_gmt.zero import check_deepspeed_config
 
 LOG = logging.getLogger(__name__)
@@ -43,6 +47,8 @@ class GMTCallback(TrainerCallback):
         if config is not None and settings:
             raise TypeError("Give GMTCallback either a config or settings, not both.")
         self.config = config or GMTConfig(**settings)
+        self.base_optimizer: str | None = None
+        self.masked_parameters: int | None = None
         self._masker: GradientMasker | None = None
         self._handle: RemovableHandle | None = None
 
@@ -69,8 +75,20 @@ class GMTCallback(TrainerCallback):
             self.config.model_copy(update={"seed": seed}),
         )
         self._handle = self._masker.attach(optimizer)
+        tensors = [shape(tensor) for _, tensor in self._masker.masked_parameters(optimizer)]
+        self.base_optimizer = _innermost(optimizer)
+        self.masked_parameters = sum(size.numel() for size in tensors)
+        # Joins every trainer_state.json, so that a checkpoint says how it was trained. A callback
+        # that is an ExportableState fails to resume a run that began without it.
+        state.stateful_callbacks[RECORD] = {
+            "args": self._masker.config.model_dump(mode="json"),
+            "attributes": {
+                "base_optimizer": self.base_optimizer,
+                "masked_parameters": self.masked_parameters,
+            },
+        }
         if state.is_world_process_zero:
-            LOG.info(self._describe(self._masker, optimizer))
+            LOG.info(self._describe(len(tensors)))
 
     def on_step_begin(
         self,
@@ -114,24 +132,47 @@ class GMTCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Leave the optimizer as it was."""
+        """Leave the optimizer as it was, and a report of the run in its output folder."""
         self._detach()
+        if state.is_world_process_zero:
+            _leave_report(state, Path(args.output_dir))
 
     def _detach(self) -> None:
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
 
-    def _describe(self, masker: GradientMasker, optimizer: object) -> str:
-        masked = [shape(parameter).numel() for _, parameter in masker.masked_parameters(optimizer)]
+    def _describe(self, tensors: int) -> str:
         ratio = self.config.mask_ratio
-        while (inner := getattr(optimizer, "optimizer", None)) is not None:
-            optimizer = inner
         return (
-            f"Gradient-Mask Tuning: base optimizer {type(optimizer).__name__}, ratio masked "
+            f"Gradient-Mask Tuning: base optimizer {self.base_optimizer}, ratio masked "
             f"{ratio:.4g} (kept {1 - ratio:.4g}), granularity {self.config.granularity}, "
             f"criterion {self.config.criterion}; "
-            f"{len(masked)} tensors with {sum(masked):,} parameters under the mask."
+            f"{tensors} tensors with {self.masked_parameters:,} parameters under the mask."
+        )
+
+
+def _innermost(optimizer: object) -> str:
+    """Class name of the torch optimizer in those that Accelerate and DeepSpeed put around it."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return type(optimizer).__name__
+
+
+def _leave_report(state: TrainerState, folder: Path) -> None:
+    """Write the trainer's state, which no last checkpoint need have, and the report made of it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / f".{STATE_FILE}.part"
+        state.save_to_json(str(part))
+        part.replace(folder / STATE_FILE)
+        log = parse_state(vars(state), folder.resolve().name)
+        page, *_ = write_report(log, folder / FOLDER)
+        LOG.info(f"Gradient-Mask Tuning: the report is {page}")
+    except Exception as error:  # The model has yet to be saved, and no report is worth a model.
+        LOG.warning(
+            f"Gradient-Mask Tuning: the report was not written: {error} Training goes on; make it "
+            f"later with: python -m axolotl_gmt report {shlex.quote(str(folder))}"
         )
 
 

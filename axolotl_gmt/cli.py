@@ -6,19 +6,32 @@ texts come at once.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
+from axolotl_gmt import checking, scoring
 from axolotl_gmt import quickstart as qs
-from axolotl_gmt import scoring
+
+if TYPE_CHECKING:
+    from axolotl_gmt.inspection import Comparison
 
 # Progress and remarks go to stderr, so that what stdout holds can be piped.
 _REMARKS = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -26,7 +39,7 @@ _REMARKS = Console(stderr=True, highlight=False, soft_wrap=True)
 
 @click.group()
 def gmt() -> None:
-    """Gradient-Mask Tuning: try it out, and score what it trained."""
+    """Gradient-Mask Tuning: recipes to start from, checks before, and pictures after a training."""
 
 
 @gmt.command()
@@ -124,6 +137,338 @@ def score(
         click.echo(json.dumps([result.as_dict() for result in scores]))
     else:
         Console().print(_table(str(data), scores))
+
+
+@gmt.command()
+@click.argument("run_dir", type=click.Path(path_type=Path), metavar="RUN_DIR")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder for the report.  [default: RUN_DIR/gmt_report]",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print a JSON object as the last line, after Axolotl's logo.",
+)
+def report(run_dir: Path, output: Path | None, as_json: bool) -> None:
+    """Turn a run's log into a web page and pictures.
+
+    RUN_DIR is the output_dir of a training, or one of its checkpoints. The report is one page
+    that works offline, index.html, and its pictures as PNG files: loss, learning rate, kept
+    fraction and gradient norm kept, and with gmt_log_modules heat maps of both by module, step
+    and layer. A training with GMT leaves it in RUN_DIR/gmt_report when it ends; this command makes
+    it for a run that is still going on or was stopped.
+
+    An older report in the folder is replaced, anything else there is not.
+
+    \b
+    Examples:
+      axolotl gmt report outputs/sft
+      axolotl gmt report outputs/sft/checkpoint-500 -o /tmp/report --json
+    """  # noqa: D301
+    from axolotl_gmt.report import FOLDER, ReportError, facts, write_report
+    from axolotl_gmt.training_log import LogError, find_state, read_log
+
+    columns = (TextColumn("Drawing"), BarColumn(), MofNCompleteColumn())
+    try:
+        state = find_state(run_dir)
+        log = read_log(state)
+        _REMARKS.print(f"Read {state}", markup=False)
+        folder = output or (state.parent if run_dir.is_file() else run_dir) / FOLDER
+        with Progress(*columns, console=_REMARKS) as progress:
+            files = write_report(log, folder, progress.track)
+    except (LogError, ReportError) as error:
+        raise click.ClickException(str(error)) from error
+    for file in files:
+        _REMARKS.print(f"Wrote {file}", markup=False)
+    if as_json:
+        numbers = {**log.as_dict(), "source": str(state), "files": list(map(str, files))}
+        click.echo(json.dumps(numbers, allow_nan=False))
+        return
+    table = Table.grid(padding=(0, 2))
+    for label, value in [("Run", log.name), *facts(log)]:
+        table.add_row(label, Text(value))
+    Console().print(table)
+
+
+@gmt.command()
+@click.argument(
+    "configs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG..."
+)
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    help="Check as for a run on so many GPUs.  [default: the fewest that the config asks for]",
+)
+@click.option(
+    "--private", is_flag=True, help="The files stay with you: no warnings about sharing them."
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print a JSON list, an object for each file, as the last line, after Axolotl's logo.",
+)
+def check(configs: Sequence[Path], gpus: int | None, private: bool, as_json: bool) -> None:
+    """Say whether YAML files for Axolotl are good, and what GMT would do with them.
+
+    Each CONFIG is checked as Axolotl does when a training starts, on a machine with Hopper GPUs.
+    It needs no GPU and no network, and runs no code that a file names: neither plugins, nor reward
+    functions, nor a model's own code. If the model's config.json is on this machine, the parameters
+    under the mask are counted.
+
+    Errors are what would stop the training. Warnings are keys that Axolotl ignores in silence, and
+    what should not be shared: tokens and keys, paths of this machine, repositories and accounts of
+    your own. Whether a model or data set on the hub is private cannot be known offline. Remarks
+    are not held against a file.
+
+    Paths in a file are relative to the folder in which axolotl is run, so run it there. The exit
+    status is 0 if all files are good, 1 if there are errors or warnings, 2 if a file is no YAML
+    that can be read, or after wrong usage.
+
+    \b
+    Examples:
+      axolotl gmt check sft.yml
+      axolotl gmt check example_configs/*.yml
+      axolotl gmt check grpo.yml --gpus 8 --private
+      axolotl gmt check sft.yml --json | tail -n 1
+    """  # noqa: D301
+    if importlib.util.find_spec("axolotl") is None:
+        raise click.UsageError("Axolotl is not installed. Install axolotl-gmt[axolotl].")
+    columns = (TextColumn("Checking {task.description}"), BarColumn(), MofNCompleteColumn())
+    reports = []
+    with Progress(*columns, console=_REMARKS, transient=True) as progress:
+        task = progress.add_task("", total=len(configs))
+        for config in configs:
+            progress.update(task, description=config.name)
+            reports.append(checking.check(config, gpus, private))
+            progress.advance(task)
+    if as_json:
+        click.echo(json.dumps([found.as_dict() for found in reports]))
+    else:
+        _print_checked(reports)
+    worst = 2 if not all(found.readable for found in reports) else 1
+    click.get_current_context().exit(0 if all(found.ok for found in reports) else worst)
+
+
+_VERDICTS = {"good": "green", "has problems": "red"}
+_LEVELS = {"errors": ("error", "red"), "warnings": ("warning", "yellow"), "remarks": ("remark", "")}
+
+
+def _print_checked(reports: Sequence[checking.Report]) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    for found in reports:
+        verdict = "good" if found.ok else "has problems"
+        gpus = f", on {_counted(found.gpus, 'GPU')}" if found.gpus else ""
+        console.print(Text.assemble(found.path, ": ", (verdict, _VERDICTS[verdict]), gpus))
+        for line in _plan_lines(found.gmt):
+            console.print(Text(f"  {line}"))
+        for level, (label, style) in _LEVELS.items():
+            for message in getattr(found, level):
+                console.print(Text.assemble("  ", (f"{label:<8}", style), message))
+    good = sum(found.ok for found in reports)
+    counts = [
+        _counted(sum(len(getattr(found, level)) for found in reports), label)
+        for level, (label, _) in _LEVELS.items()
+    ]
+    console.print(f"{good} of {_counted(len(reports), 'file')} good: {', '.join(counts)}.")
+
+
+def _plan_lines(plan: checking.Plan | None) -> Iterator[str]:
+    if plan is None:
+        return
+    if not plan.enabled:
+        yield f"GMT is off: {plan.why}."
+        return
+    chosen = plan.settings
+    ratio = chosen["mask_ratio"]
+    yield f"GMT is on, since {plan.why}. Base optimizer {plan.base_optimizer or 'unset'}."
+    yield (
+        f"Ratio masked {ratio:.4g} (kept {1 - ratio:.4g}), granularity {chosen['granularity']}, "
+        f"criterion {chosen['criterion']}."
+    )
+    for key in ("include", "exclude"):
+        if chosen[key]:
+            yield f"{key.capitalize()}: {', '.join(chosen[key])}."
+    if plan.mask is None:
+        yield f"Parameters under the mask: not counted, since {plan.not_counted}."
+    else:
+        yield (
+            f"Under the mask: {plan.mask.masked_parameters:,} of "
+            f"{plan.mask.trained_parameters:,} trained parameters, in "
+            f"{plan.mask.masked_tensors:,} of {plan.mask.trained_tensors:,} tensors."
+        )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+@gmt.command()
+@click.argument("base", type=click.Path(path_type=Path), metavar="BASE")
+@click.argument("tuned", type=click.Path(path_type=Path), metavar="TUNED")
+@click.option(
+    "--png",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Draw heat maps over modules and layers into FILE, which must not exist yet.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print a JSON object, every tensor in it, as the last line, after Axolotl's logo.",
+)
+def inspect(base: Path, tuned: Path, png: Path | None, as_json: bool) -> None:
+    """Compare two checkpoints and say what tuning changed.
+
+    BASE and TUNED are folders with weights in safetensors (sharded or not), or single .safetensors
+    files. TUNED can be a LoRA adapter of BASE, and both can be adapters of one model. They are read
+    piece by piece: models larger than the memory are fine, and no GPU is used.
+
+    For each module type, for each layer and in all, the table has the share of entries that
+    changed, the Euclidean norm of the change, and that norm relative to the norm of BASE. Where the
+    dtypes differ, BASE is converted to that of TUNED first, so that rounding alone changes nothing.
+    For an adapter the change is that of its matrices, before it is rounded to a merged weight.
+
+    \b
+    Examples:
+      axolotl gmt inspect quickstart/base quickstart/sft
+      axolotl gmt inspect quickstart/base quickstart/sft --png changes.png
+      axolotl gmt inspect quickstart/base outputs/lora --json | tail -n 1 | jq .total
+    """  # noqa: D301
+    from axolotl_gmt.checkpoints import CheckpointError
+    from axolotl_gmt.inspection import compare, draw_png
+
+    if png is not None and png.exists():
+        raise click.ClickException(f"{png} exists. Name another file, or remove it.")
+    if png is not None and not png.absolute().parent.is_dir():
+        raise click.ClickException(f"{png} cannot be written: {png.parent} is not a folder.")
+    columns = (TextColumn("Comparing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=_REMARKS) as progress:
+            task = progress.add_task("Comparing")
+            comparison = compare(
+                base, tuned, lambda new, all_: progress.update(task, advance=new, total=all_)
+            )
+        for remark in comparison.remarks():
+            _REMARKS.print(remark, markup=False)
+        if as_json:
+            click.echo(json.dumps(comparison.as_dict(), allow_nan=False))
+        else:
+            Console().print(_change_table(comparison))
+        if png is not None:
+            _write_whole(png, draw_png(comparison))
+    except (CheckpointError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _write_whole(file: Path, content: bytes) -> None:
+    part = file.with_name(f".{file.name}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(file)
+    except OSError as error:
+        raise click.ClickException(f"{file} cannot be written: {error.strerror}.") from error
+    _REMARKS.print(f"Wrote {file}", markup=False)
+
+
+def _change_table(comparison: Comparison) -> Table:
+    """Module types, layers and the sum, one below the other."""
+    title = f"What tuning changed, from {comparison.base} to {comparison.tuned}"
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("Part", overflow="fold")
+    for heading in ("Entries", "Changed", "Norm of change", "Relative norm"):
+        table.add_column(heading, justify="right")
+    layers = {f"layer {name}": change for name, change in comparison.by_layer().items()}
+    for parts in (comparison.by_module(), layers, {"all": comparison.total}):
+        for name, change in parts.items():
+            relative = change.relative_norm
+            table.add_row(
+                Text(name),
+                f"{change.entries:,}",
+                f"{change.changed_fraction:.2%}",
+                f"{change.norm:.4g}",
+                "-" if relative is None else f"{relative:.3%}",
+            )
+        table.add_section()
+    return table
+
+
+@gmt.command()
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print a JSON list as the last line, after Axolotl's logo.",
+)
+def recipes(as_json: bool) -> None:
+    """List the recipes that come with axolotl-gmt: YAML files for Axolotl.
+
+    Those of the paper's systems, each for one GPU, for FSDP2 and for DeepSpeed ZeRO-3, and others
+    for smaller models and GPUs. "recipe" writes one of them.
+
+    \b
+    Examples:
+      axolotl gmt recipes
+      axolotl gmt recipes --json | tail -n 1
+    """  # noqa: D301
+    from axolotl_gmt.recipes import RecipeError, all_recipes
+
+    try:
+        found = all_recipes()
+    except RecipeError as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        click.echo(json.dumps([recipe.as_dict() for recipe in found]))
+        return
+    table = Table()
+    table.add_column("Recipe", no_wrap=True)
+    for heading in ("What", "Model", "Method", "Hardware"):
+        table.add_column(heading, overflow="fold")
+    for each in found:
+        table.add_row(each.name, each.title, each.model, each.method, each.hardware)
+    Console().print(table)
+
+
+@gmt.command()
+@click.argument("name", metavar="NAME")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="File to write, which must not exist.  [default: stdout]",
+)
+def recipe(name: str, output: Path | None) -> None:
+    """Write the recipe NAME, of those that "recipes" lists.
+
+    Its head says what it reproduces, the hardware that it needs, the command that runs it, and the
+    licences of the model and the data. A file that exists is never overwritten. Without -o the
+    recipe is printed, after Axolotl's logo; python -m axolotl_gmt prints the recipe alone.
+
+    \b
+    Examples:
+      axolotl gmt recipe math-qwen3-0.6b
+      axolotl gmt recipe math-qwen3-0.6b -o maths.yml
+      python -m axolotl_gmt recipe math-qwen3-0.6b > maths.yml
+    """  # noqa: D301
+    from axolotl_gmt.recipes import RecipeError, find_recipe, write_recipe
+
+    try:
+        found = find_recipe(name)
+        if output:
+            write_recipe(found, output)
+    except RecipeError as error:
+        raise click.ClickException(str(error)) from error
+    if output:
+        _REMARKS.print(f"Wrote {output}", markup=False)
+    else:
+        click.echo(found.text, nl=False)
 
 
 def _user_command(recipe: Path) -> list[str]:

@@ -1,18 +1,25 @@
 """GMT as an Axolotl plugin: reads the ``gmt_*`` keys and adds the callback to Axolotl's trainer.
 
-The only module that knows Axolotl. ``register`` sees a config before Axolotl validates it, which
-is where ``optimizer: gmt`` becomes the base optimizer and every bad setting is refused.
+The only module that knows Axolotl, with :mod:`axolotl_gmt.validation`, a part of it. ``register``
+sees a config before Axolotl validates it, which is where ``optimizer: gmt`` becomes the base
+optimizer and every bad setting is refused.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import sys
+from os.path import isfile
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
-from axolotl.integrations.base import BasePlugin, PluginManager, normalize_plugin_name
+from axolotl.integrations.base import (
+    BasePlugin,
+    PluginManager,
+    normalize_plugin_name,
+)
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from axolotl.utils.schemas.enums import CustomSupportedOptimizers
@@ -22,6 +29,8 @@ from transformers.training_args import OptimizerNames
 
 from axolotl_gmt.callback import GMTCallback
 from axolotl_gmt.config import GMTConfig, explain
+from axolotl_gmt.model_card import add_section
+from axolotl_gmt.training_log import parse_state
 from axolotl_gmt.zero import check_deepspeed_config
 
 # Axolotl shows INFO of loggers whose name starts with "axolotl"; this sets the package's level.
@@ -31,7 +40,7 @@ PREFIX = "gmt_"
 DEFAULT_BASE_OPTIMIZER = OptimizerNames.ADAMW_TORCH_FUSED.value
 
 # What `plugins:` may call this plugin. The second is the entry point's own name.
-_BARE_NAME, _NAME, _LONG_NAME = (
+BARE_NAME, NAME, LONG_NAME = (
     "axolotl_gmt",
     "axolotl_gmt.GMTPlugin",
     "axolotl_gmt.plugin.GMTPlugin",
@@ -86,7 +95,7 @@ class GMTPlugin(BasePlugin):
         # active plugin of the long name. Listed names that are loaded already are left alone, and
         # Axolotl creates this entry point first, so plugins that do nothing stand under both.
         plugins = PluginManager().plugins
-        for name in (_BARE_NAME, _LONG_NAME):
+        for name in (BARE_NAME, LONG_NAME):
             plugins.setdefault(name, BasePlugin())
 
     def register(self, cfg: DictDefault) -> None:
@@ -95,23 +104,8 @@ class GMTPlugin(BasePlugin):
         Raises:
             ValueError: For a bad setting, naming key, value and fix.
         """
-        _check_keys(cfg)
-        listed = {normalize_plugin_name(name) for name in cfg.get("plugins") or []}
-        sugar = cfg.get("optimizer") == "gmt"
-        enabled = cfg.get("gmt_enabled")
-        if enabled is None:
-            enabled = sugar or bool(listed & {_BARE_NAME, _NAME, _LONG_NAME})
-        if not isinstance(enabled, bool):
-            raise ValueError(f"gmt_enabled: {enabled!r} is not true or false. Set one of these.")
-        if not enabled:
-            _check_nothing_is_set(cfg, sugar)
-        _put_base_optimizer(cfg)
-        if enabled:
+        if settle(cfg).enabled:
             _check_command_line(sys.argv)
-            read_config(cfg)
-            _check_exposes_gradients(cfg)
-            _check_distribution(cfg)
-            cfg["gmt_enabled"] = True
 
     def get_input_args(self) -> str:
         """The keys that join Axolotl's config schema."""
@@ -122,6 +116,32 @@ class GMTPlugin(BasePlugin):
     ) -> list[TrainerCallback]:
         """The callback that masks gradients, if GMT is on."""
         return [GMTCallback(read_config(cfg))] if cfg.get("gmt_enabled") else []
+
+    def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
+        """Have each model card that the trainer writes tell of GMT, if it is on.
+
+        Not in ``post_train``: Axolotl calls that after it has pushed the card to the hub, and once
+        more before there is a card.
+        """
+        if not cfg.get("gmt_enabled"):
+            return
+        create_model_card = trainer.create_model_card
+
+        @functools.wraps(create_model_card)
+        def create_model_card_with_section(*args: Any, **kwargs: Any) -> None:
+            create_model_card(*args, **kwargs)
+            if trainer.is_world_process_zero():
+                _complete_model_card(trainer)
+
+        trainer.create_model_card = create_model_card_with_section
+
+
+def _complete_model_card(trainer: Trainer) -> None:
+    card = Path(trainer.args.output_dir, "README.md")
+    try:
+        add_section(card, parse_state(vars(trainer.state), card.parent.name))
+    except Exception as error:  # A card may lack a section, but a trained model must be saved.
+        LOG.warning(f"The section on GMT is missing in {card}: {error}")
 
 
 def read_config(cfg: DictDefault) -> GMTConfig:
@@ -143,6 +163,42 @@ def read_config(cfg: DictDefault) -> GMTConfig:
         raise ValueError(explain(error, PREFIX)) from None
 
 
+class Switch(NamedTuple):
+    """Whether GMT is on, and which key says so."""
+
+    enabled: bool
+    why: str
+
+
+def settle(cfg: DictDefault) -> Switch:
+    """Check the ``gmt_*`` keys of a raw config and put the base optimizer in place of `gmt`."""
+    _check_keys(cfg)
+    switch = _switch(cfg)
+    if not switch.enabled:
+        _check_nothing_is_set(cfg, sugar=cfg.get("optimizer") == "gmt")
+    _put_base_optimizer(cfg)
+    if switch.enabled:
+        read_config(cfg)
+        _check_exposes_gradients(cfg)
+        _check_distribution(cfg)
+        cfg["gmt_enabled"] = True
+    return switch
+
+
+def _switch(cfg: DictDefault) -> Switch:
+    enabled = cfg.get("gmt_enabled")
+    if enabled is not None:
+        if not isinstance(enabled, bool):
+            raise ValueError(f"gmt_enabled: {enabled!r} is not true or false. Set one of these.")
+        return Switch(enabled, f"gmt_enabled is {str(enabled).lower()}")
+    if cfg.get("optimizer") == "gmt":
+        return Switch(True, "optimizer is gmt")
+    listed = {normalize_plugin_name(name) for name in cfg.get("plugins") or []}
+    if listed & {BARE_NAME, NAME, LONG_NAME}:
+        return Switch(True, f"{BARE_NAME} is listed under plugins")
+    return Switch(False, f"{BARE_NAME} is not listed under plugins, and optimizer is not gmt")
+
+
 def _check_command_line(arguments: list[str]) -> None:
     """Refuse ``--gmt-...`` options: Axolotl drops what its own schema lacks without a word."""
     for argument in arguments:
@@ -156,13 +212,13 @@ def _check_command_line(arguments: list[str]) -> None:
 
 
 def _set_keys(cfg: DictDefault) -> list[str]:
-    return [key for key, value in cfg.items() if key.startswith(PREFIX) and value is not None]
+    return [key for key, value in cfg.items() if str(key).startswith(PREFIX) and value is not None]
 
 
 def _check_keys(cfg: DictDefault) -> None:
     known = GMTArgs.model_fields
     for key in cfg:
-        if key.startswith(PREFIX) and key not in known:
+        if str(key).startswith(PREFIX) and key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
             raise ValueError(
                 f"{key}: {cfg[key]!r} is set, but there is no such key. Did you mean {nearest}? "
@@ -177,7 +233,7 @@ def _check_nothing_is_set(cfg: DictDefault, sugar: bool) -> None:
         fix = (
             "Set gmt_enabled: true, or remove"
             if cfg.get("gmt_enabled") is False
-            else f"Add {_BARE_NAME} to plugins (or set optimizer: gmt), or remove"
+            else f"Add {BARE_NAME} to plugins (or set optimizer: gmt), or remove"
         )
         key = min(ignored)
         raise ValueError(
@@ -215,6 +271,12 @@ def _check_known_optimizer(base: object) -> None:
 
 
 def _check_exposes_gradients(cfg: DictDefault) -> None:
+    for name in cfg.get("plugins") or []:
+        if normalize_plugin_name(name).endswith(".HatcheryPlugin"):
+            raise ValueError(
+                f"plugins: {name!r} trains on another machine, so no gradient is here to mask. "
+                f"Remove it, or remove {BARE_NAME} (with optimizer: gmt, set another optimizer)."
+            )
     optimizer = cfg.get("optimizer")
     if optimizer in _STEP_IN_BACKWARD:
         key = "gmt_base_optimizer" if cfg.get("gmt_base_optimizer") else "optimizer"
@@ -228,7 +290,7 @@ def _check_exposes_gradients(cfg: DictDefault) -> None:
 def _check_distribution(cfg: DictDefault) -> None:
     """Refuse ways to shard in which a mask cannot be exact, or is untested."""
     deepspeed = cfg.get("deepspeed")
-    if isinstance(deepspeed, str) and Path(deepspeed).is_file():
+    if isinstance(deepspeed, str) and isfile(deepspeed):
         try:
             deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
         except ValueError as error:

@@ -412,9 +412,9 @@ def test_statistics_reach_tensorboard(
 def section_of(card: ModelCard) -> str:
     """The section on GMT, which must be there once, as must its tags and all else."""
     assert card.text.count(HEADING) == 1
-    assert card.data.tags is not None
-    assert [card.data.tags.count(tag) for tag in TAGS] == [1, 1]
-    assert len(card.data.tags) > 2
+    tags = card.data.to_dict()["tags"]
+    assert [tags.count(tag) for tag in TAGS] == [1, 1]
+    assert len(tags) > 2
     return str(card.text[card.text.index(HEADING) :])
 
 
@@ -470,13 +470,13 @@ def test_without_gmt_there_is_no_report_and_no_section(
     run = run_axolotl(sft_yaml, max_steps=1)
     card = ModelCard.load(run.output / "README.md")
     assert HEADING not in card.text
-    assert not set(TAGS) & set(card.data.tags or [])
+    assert not set(TAGS) & set(card.data.to_dict()["tags"])
     assert not (run.output / "gmt_report").exists()
     assert not (run.output / "trainer_state.json").exists()
 
 
 def test_the_section_reaches_the_hub(
-    run_axolotl: RunAxolotl, dpo_yaml: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    run_axolotl: RunAxolotl, sft_yaml: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cards: list[ModelCard] = []
 
@@ -489,7 +489,7 @@ def test_the_section_reaches_the_hub(
 
     monkeypatch.setattr("transformers.trainer.hf_api", Hub)
     run_axolotl(
-        dpo_yaml,
+        sft_yaml,
         plugins=["axolotl_gmt"],
         max_steps=1,
         hub_model_id="somebody/something",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,13 @@ from transformers import (
     AutoTokenizer,
     Trainer,
     TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
 )
 
 from axolotl_gmt import GMTCallback, GMTConfig
+from axolotl_gmt.training_log import find_state, read_log
 from tests.reference.gmt_reference import masked
 
 
@@ -195,3 +199,71 @@ def test_the_package_lists_its_public_names() -> None:
     assert axolotl_gmt.GMTConfig is GMTConfig
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         axolotl_gmt.nothing  # noqa: B018
+
+
+def plain_trainer(
+    toy_model: Path, folder: Path, *callbacks: TrainerCallback, **changes: Any
+) -> Any:
+    ids = [[2 + i, 3 + i, 4 + i] for i in range(16)]
+    return Trainer(
+        AutoModelForCausalLM.from_pretrained(toy_model),
+        arguments(folder, **changes),
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        callbacks=list(callbacks),
+    )
+
+
+def test_a_run_without_any_checkpoint_leaves_its_report(toy_model: Path, tmp_path: Path) -> None:
+    trainer = plain_trainer(toy_model, tmp_path / "out", GMTCallback(mask_ratio=0.9))
+    trainer.train()
+    log = read_log(find_state(tmp_path / "out"))
+    assert log.mask_ratio == 0.9
+    assert log.base_optimizer == "AdamW"
+    assert log.masked_parameters == sum(p.numel() for p in trainer.model.parameters())
+    kept = [entry["gmt/kept_fraction"] for entry in trainer.state.log_history if "loss" in entry]
+    assert log.curves["gmt/kept_fraction"].values.tolist() == kept
+    assert (tmp_path / "out" / "gmt_report" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("broken", ["write_report", "parse_state"])
+def test_a_report_that_fails_does_not_fail_the_training(
+    toy_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    broken: str,
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("matplotlib is broken.")
+
+    monkeypatch.setattr(f"axolotl_gmt.callback.{broken}", fail)
+    trainer = plain_trainer(toy_model, tmp_path / "my out", GMTCallback())
+    assert trainer.train().global_step == 4
+    assert "the report was not written: matplotlib is broken." in caplog.text
+    command = f"python -m axolotl_gmt report '{tmp_path / 'my out'}'"
+    assert command in caplog.text
+    monkeypatch.undo()
+    subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True, check=True
+    )
+    assert (tmp_path / "my out" / "gmt_report" / "index.html").is_file()
+
+
+def test_only_one_process_writes_the_report(tmp_path: Path) -> None:
+    history = [{"step": 1, "loss": 1.0}]
+    for is_zero in (False, True):
+        state = TrainerState(log_history=history, is_world_process_zero=is_zero)
+        GMTCallback().on_train_end(arguments(tmp_path), state, TrainerControl())
+        assert (tmp_path / "gmt_report").exists() == is_zero
+        assert (tmp_path / "trainer_state.json").exists() == is_zero
+
+
+def test_a_run_that_began_without_gmt_resumes_with_it(toy_model: Path, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    plain_trainer(toy_model, tmp_path, max_steps=4, **saving).train()
+    trainer = plain_trainer(toy_model, tmp_path, GMTCallback(mask_ratio=0.7), **saving)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    log = read_log(tmp_path / "checkpoint-4" / "trainer_state.json")
+    assert log.mask_ratio == 0.7
+    assert log.curves["loss"].steps == [2, 4]
+    assert log.curves["gmt/kept_fraction"].steps == [4]
