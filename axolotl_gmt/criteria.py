@@ -68,6 +68,7 @@ import torch
 from torch import Tensor
 
 from axolotl_gmt.names import layer_name, place
+from axolotl_gmt.passes import chunk_size
 
 ENTRY_POINT_GROUP = "axolotl_gmt"
 
@@ -146,9 +147,15 @@ def checked_scores(scorer: Callable[[Entries], Tensor], entries: Entries) -> tup
             f"{tuple(gradient.shape)} of torch.float32 on {gradient.device}, but it returned "
             f"{got}. Change the criterion."
         )
-    broken = ~gradient.isfinite()
-    bad = (~(scores >= 0) & ~broken).any()  # NaN compares false
-    return scores.masked_fill(broken, math.inf), bad
+    checked = torch.empty_like(scores)
+    bad = torch.zeros((), dtype=torch.bool, device=scores.device)
+    chunk = chunk_size(scores.device)
+    parts = zip(*(tensor.split(chunk) for tensor in (gradient, scores, checked)), strict=True)
+    for of_gradient, of_scores, of_checked in parts:
+        broken = ~of_gradient.isfinite()
+        bad |= (~(of_scores >= 0) & ~broken).any()  # NaN compares false
+        of_checked.copy_(of_scores.masked_fill(broken, math.inf))
+    return checked, bad
 
 
 class _Hooks:
@@ -173,9 +180,6 @@ def gradient_weight(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str,
     return dict.fromkeys(shapes, score)
 
 
-_CHUNK = 1 << 20  # entries scored at a time, which bounds the memory of the int64 arithmetic
-
-
 def random_uniform(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, Scorer]:
     """A uniform random mask of the same size, drawn anew at every step.
 
@@ -188,8 +192,9 @@ def random_uniform(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, 
         key = _key(seed, entries.step, entries.name)
         size = len(entries.gradient)
         scores = torch.empty(size, device=entries.gradient.device)
-        for start in range(0, size, _CHUNK):
-            stop = min(start + _CHUNK, size)
+        chunk = chunk_size(scores.device)
+        for start in range(0, size, chunk):
+            stop = min(start + chunk, size)
             scores[start:stop] = _uniform(entries.positions(start, stop), key)
         return scores
 

@@ -47,6 +47,15 @@ def magnitude_patterns(entries: Tensor, dtype: torch.dtype) -> Tensor:
     return patterns & torch.iinfo(patterns.dtype).max
 
 
+def chunk_size(device: torch.device) -> int:
+    """How many scored entries to work on at a time, which bounds the memory of what is in between.
+
+    On a CPU few enough to stay in its cache, and for torch to use one thread: where another process
+    holds a core, the barrier between threads costs many times the work.
+    """
+    return 1 << 15 if device.type == "cpu" else 1 << 24
+
+
 def no_counts(rows: int, bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros ``(rows, bins)``.
 
@@ -196,8 +205,15 @@ def mask_by_scores_(
         totals: float64 ``(tensors, 4)``, added to in place.
     """
     thresholds = thresholds.to(totals.device)
-    for tensor, score, row, total in zip(tensors, scores, rows, totals, strict=True):
-        _mask_by_torch_(tensor, dtype, thresholds[row], total, score)
+    no_threshold = torch.zeros(1, dtype=torch.int64, device=totals.device)
+    chunk = chunk_size(totals.device)
+    for index, (tensor, score, row) in enumerate(zip(tensors, scores, rows, strict=True)):
+        before, after = torch.zeros(2, 1, 4, dtype=torch.float64, device=totals.device)
+        mask_below_([tensor], [0], tensor.dtype, no_threshold, before)
+        for entries, of_entries in zip(tensor.split(chunk), score.split(chunk), strict=True):
+            entries.masked_fill_(magnitude_patterns(of_entries, dtype) < thresholds[row], 0)
+        mask_below_([tensor], [0], tensor.dtype, no_threshold, after)
+        totals[index] += torch.stack([before[0, 0], after[0, 1], before[0, 2], after[0, 3]])
 
 
 def _count_by_torch(
@@ -223,18 +239,11 @@ def _count_by_torch(
         counts[row] += found[:bins]
 
 
-def _mask_by_torch_(
-    tensor: Tensor,
-    dtype: torch.dtype,
-    threshold: Tensor,
-    total: Tensor,
-    scores: Tensor | None = None,
-) -> None:
+def _mask_by_torch_(tensor: Tensor, dtype: torch.dtype, threshold: Tensor, total: Tensor) -> None:
     total[0] += tensor.numel()
-    scores = tensor if scores is None else scores
-    for chunk, score in zip(tensor.split(_CHUNK), scores.split(_CHUNK), strict=True):
+    for chunk in tensor.split(_CHUNK):
         before = torch.linalg.vector_norm(chunk, dtype=torch.float64)
-        chunk.masked_fill_(magnitude_patterns(score, dtype) < threshold, 0)
+        chunk.masked_fill_(magnitude_patterns(chunk, dtype) < threshold, 0)
         after = torch.linalg.vector_norm(chunk, dtype=torch.float64)
         total[1:] += torch.stack([chunk.count_nonzero(), before.square(), after.square()])
 
