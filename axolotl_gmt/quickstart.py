@@ -345,12 +345,11 @@ def train(recipe: Path) -> None:
 def kept_fraction(model: Path) -> float | None:
     """Mean fraction of gradient entries that GMT let through while ``model`` was trained.
 
-    None if the folder has no checkpoint, or one that was trained without GMT.
+    None if the folder has no log, or that of a training without GMT.
     """
-    states = list(model.glob("checkpoint-*/trainer_state.json"))
-    if not states:
+    from axolotl_gmt.training_log import KEPT_FRACTION, LogError, find_state, read_log
+
+    try:
+        return read_log(find_state(model)).mean(KEPT_FRACTION)
+    except LogError:
         return None
-    newest = max(states, key=lambda path: path.stat().st_mtime)
-    history = json.loads(newest.read_text(encoding="utf-8"))["log_history"]
-    kept = [entry["gmt/kept_fraction"] for entry in history if "gmt/kept_fraction" in entry]
-    return sum(kept) / len(kept) if kept else None

@@ -100,6 +100,8 @@ def look_over(raw: Mapping[str, object], text: str) -> Found:
         account = raw.get(key)
         if not isinstance(account, str) or not account:
             continue
+        if key == "mlflow_tracking_uri" and "://" not in account:  # A local folder.
+            continue
         if key not in _OWNED_KEYS or _owner(account):
             found.warnings.append(f"{key}: {account!r}: {consequence}. Leave it empty.")
     _note_logins(found, raw)

@@ -450,6 +450,7 @@ def test_what_should_not_be_shared_is_named_and_secrets_are_not_shown(
         {"datasets": [{"path": "a/b", "type": "alpaca", "revision": WANDB_KEY}]},
         {"hub_model_id": "model-of-whoever-trains"},
         {"wandb_project": "", "wandb_entity": ""},
+        {"mlflow_tracking_uri": "file:./mlruns"},
         {"comet_api_key": "${COMET_API_KEY}"},
         {"comet_api_key": "<your key>"},
         {"hf_use_auth_token": True},

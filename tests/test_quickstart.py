@@ -340,7 +340,11 @@ def trainings(folder: qs.Folder, toy_model: Path, monkeypatch: pytest.MonkeyPatc
         shutil.copytree(toy_model, folder.sft_output, dirs_exist_ok=True)
         checkpoint = folder.sft_output / "checkpoint-2"
         checkpoint.mkdir()
-        history = [{"gmt/kept_fraction": 0.25}, {"gmt/kept_fraction": 0.75}, {"train_loss": 1.0}]
+        history = [
+            {"step": 1, "gmt/kept_fraction": 0.25},
+            {"step": 2, "gmt/kept_fraction": 0.75},
+            {"step": 2, "train_loss": 1.0},
+        ]
         (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": history}))
 
     monkeypatch.setattr(qs, "train", train)
