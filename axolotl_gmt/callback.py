@@ -143,11 +143,8 @@ class GMTCallback(TrainerCallback):
         self._handle = None
 
     def _describe(self, tensors: int) -> str:
-        ratio = self.config.mask_ratio
         return (
-            f"Gradient-Mask Tuning: base optimizer {self.base_optimizer}, ratio masked "
-            f"{ratio:.4g} (kept {1 - ratio:.4g}), granularity {self.config.granularity}, "
-            f"criterion {self.config.criterion}; "
+            f"Gradient-Mask Tuning: base optimizer {self.base_optimizer}, {self.config.selection}; "
             f"{tensors} tensors with {self.masked_parameters:,} parameters under the mask."
         )
 

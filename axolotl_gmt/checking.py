@@ -281,7 +281,8 @@ def count(model: torch.nn.Module, settings: GMTConfig) -> Mask:
     """What GMT masks of ``model``, whose tensors may lie on the meta device.
 
     Raises:
-        ValueError: If nothing is trained, or a pattern matches nothing that is, as in training.
+        ValueError: If nothing is trained, a pattern matches nothing that is, or the criterion
+            cannot do with these parameters, as in training.
     """
     import torch
 
@@ -290,8 +291,6 @@ def count(model: torch.nn.Module, settings: GMTConfig) -> Mask:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("unfrozen_parameters: nothing is trained. Change the patterns.")
-    # Patterns decide what is under the mask; a criterion only decides what of it is kept.
-    settings = settings.model_copy(update={"criterion": "gradient"})
     masker = GradientMasker(model.named_parameters(remove_duplicate=False), settings)
     optimizer = torch.optim.SGD(trained)
     masker.attach(optimizer).remove()  # Which checks the patterns.

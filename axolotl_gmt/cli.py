@@ -29,6 +29,7 @@ from rich.text import Text
 
 from axolotl_gmt import checking, scoring
 from axolotl_gmt import quickstart as qs
+from axolotl_gmt.config import GMTConfig
 
 if TYPE_CHECKING:
     from axolotl_gmt.inspection import Comparison
@@ -285,12 +286,9 @@ def _plan_lines(plan: checking.Plan | None) -> Iterator[str]:
         yield f"GMT is off: {plan.why}."
         return
     chosen = plan.settings
-    ratio = chosen["mask_ratio"]
+    selection = GMTConfig.model_construct(**chosen).selection
     yield f"GMT is on, since {plan.why}. Base optimizer {plan.base_optimizer or 'unset'}."
-    yield (
-        f"Ratio masked {ratio:.4g} (kept {1 - ratio:.4g}), granularity {chosen['granularity']}, "
-        f"criterion {chosen['criterion']}."
-    )
+    yield f"{selection[0].upper()}{selection[1:]}."
     for key in ("include", "exclude"):
         if chosen[key]:
             yield f"{key.capitalize()}: {', '.join(chosen[key])}."

@@ -63,12 +63,7 @@ def _check_patterns(value: object) -> object:
 def _check_criterion(value: object) -> object:
     from axolotl_gmt import criteria  # It imports torch, which reading a config does not need.
 
-    names = criteria.registered()
-    if value not in names:
-        raise ValueError(
-            f"{value!r} is not one of {', '.join(names)}. Set one of these, or install the package "
-            "that offers it."
-        )
+    criteria.find(value)
     return value
 
 
@@ -125,6 +120,16 @@ class GMTConfig(BaseModel):
         description="Whether the statistics of each module join the training log: "
         "`gmt/kept_fraction/MODULE` and `gmt/grad_norm_kept/MODULE`.",
     )
+
+    @property
+    def selection(self) -> str:
+        """What is selected, in words for a log."""
+        if self.criterion == "half" and self.mask_ratio:  # It has no ratio of its own.
+            return "criterion half"
+        return (
+            f"ratio masked {self.mask_ratio:.4g} (kept {1 - self.mask_ratio:.4g}), granularity "
+            f"{self.granularity}, criterion {self.criterion}"
+        )
 
 
 def explain(error: ValidationError, prefix: str = "") -> str:

@@ -1,7 +1,7 @@
 """What makes a gradient entry important: the built-in criteria, and the contract for your own.
 
-A criterion is a function ``(shapes, seed) -> scorers``. It is called once, when masking is attached
-to an optimizer:
+A criterion is a function ``(shapes, seed) -> scorers``. It is called when masking is attached to an
+optimizer, and again if parameters join later; what it said of the others then stays:
 
 - ``shapes``: the shape of each parameter subject to masking, by its name in the unwrapped model
   (``model.layers.3.mlp.down_proj.weight``). Shapes are those of whole parameters, however they are
@@ -11,10 +11,11 @@ to an optimizer:
 
   - :data:`MAGNITUDE`: an entry's score is the magnitude of its gradient. Takes the fast path.
   - :data:`KEEP`: the whole gradient always survives, and competes with no other.
-  - :data:`DROP`: the whole gradient is always set to zero.
+  - :data:`DROP`: the whole gradient is always set to zero, but for NaN and infinity.
   - a function from :class:`Entries` to scores, called at every optimizer step.
 
-Of n entries that compete (those of a tensor, a layer or all, see ``gmt_granularity``) the
+With a mask ratio of 0 nothing is masked and no criterion is asked. Else, of n entries that compete
+(those of a tensor, a layer or all, see ``gmt_granularity``) the
 k = max(1, n - round(mask_ratio * n)) with the largest scores survive, and those that tie with the
 k-th. Scores are a flat float32 tensor, one for each local entry in the order of
 ``entries.gradient``, on its device, non-negative and not NaN. An entry whose gradient is NaN or
@@ -26,6 +27,10 @@ found over all ranks. A score that depends on an entry's own gradient, weight an
 gives the same mask on any number of ranks; one that depends on its neighbours (a mean over the
 tensor, say) does not, unless the function talks to the other ranks itself. Functions are called for
 the same parameters in the same order on every rank, also where a rank holds no entry.
+
+Gradients are as they are when they are masked: accumulated and reduced; under ZeRO before clipping
+and with the scale of the loss in fp16, elsewhere clipped. These factors are common to all entries,
+so a rule that does not depend on the scale of the whole gradient selects the same.
 
 A package offers criteria by a module with a hook, registered under the entry-point group
 ``axolotl_gmt``. A complete one, which prefers entries that would change a weight the most
@@ -55,13 +60,14 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from importlib.metadata import entry_points
-from typing import cast
+from typing import NamedTuple, cast
 
 import pluggy
 import torch
@@ -143,9 +149,9 @@ def checked_scores(scorer: Callable[[Entries], Tensor], entries: Entries) -> tup
             else repr(scores)
         )
         raise ValueError(
-            f"The criterion's scores of {entries.name} must be a tensor of shape "
-            f"{tuple(gradient.shape)} of torch.float32 on {gradient.device}, but it returned "
-            f"{got}. Change the criterion."
+            f"criterion (gmt_criterion in YAML): the scores of {entries.name} must be a tensor of "
+            f"shape {tuple(gradient.shape)} of torch.float32 on {gradient.device}, but it returned "
+            f"{got}. Mend it or set another one."
         )
     checked = torch.empty_like(scores)
     bad = torch.zeros((), dtype=torch.bool, device=scores.device)
@@ -175,7 +181,16 @@ def gradient_weight(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str,
     del seed
 
     def score(entries: Entries) -> Tensor:
-        return torch.mul(entries.gradient.float(), entries.weight.float()).abs_()
+        scores = torch.empty_like(entries.gradient, dtype=torch.float32)
+        chunk = chunk_size(scores.device)
+        parts = zip(
+            *(t.split(chunk) for t in (scores, entries.gradient, entries.weight)), strict=True
+        )
+        for of_scores, of_gradient, of_weight in parts:
+            torch.mul(of_gradient.float(), of_weight.float(), out=of_scores).abs_()
+            # Infinity times 0: a weight that broke must not be lost sight of.
+            of_scores.masked_fill_(of_scores.isnan(), math.inf)
+        return scores
 
     return dict.fromkeys(shapes, score)
 
@@ -191,7 +206,7 @@ def random_uniform(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, 
     def score(entries: Entries) -> Tensor:
         key = _key(seed, entries.step, entries.name)
         size = len(entries.gradient)
-        scores = torch.empty(size, device=entries.gradient.device)
+        scores = torch.empty(size, dtype=torch.float32, device=entries.gradient.device)
         chunk = chunk_size(scores.device)
         for start in range(0, size, chunk):
             stop = min(start + chunk, size)
@@ -226,29 +241,47 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+# What names the matrices of a pair apart: .lora_A.default of q_proj.lora_A.default.weight.
+_LORA_MATRIX = re.compile(r"\.lora_(?:embedding_)?[AB](?:\.(?!weight)[^.]+)?")
+
+
 def half(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, Scorer]:
     """Half of the matrices of each decoder layer frozen for the whole run, the others free.
 
     A baseline in the manner of Half Fine-Tuning (Hui et al. 2024, arXiv 2404.18466). As there,
-    whole matrices are frozen, half of each category (those of a layer's attention, those of its
-    MLP), and the rest is trained as usual. Unlike there, the halves are drawn once and stay for the
-    run, where the paper draws anew for each stage of fine-tuning; of an odd number of matrices,
-    layers with an even number freeze one less than layers with an odd number; and everything but
-    a layer's matrices (embeddings, norms, biases, head) is trained. ``mask_ratio`` has no effect.
+    whole matrices are frozen, half of each category, and the rest is trained. The category is the
+    module in the layer that a matrix belongs to: its attention, its MLP; matrices that belong to
+    the layer itself are one more. A pair of LoRA matrices counts as one. Unlike there, the halves
+    are drawn once and stay for the run, where the paper draws anew for each stage of fine-tuning;
+    of an odd number of matrices, layers with an even number freeze one less than layers with an odd
+    number; and everything but a layer's matrices (embeddings, norms, biases, head) is trained.
+    ``mask_ratio`` has no effect unless it is 0.
 
-    A frozen matrix has a gradient of zero, so weight decay would still move it: set that to 0.
+    A frozen matrix has a gradient of zero, so weight decay would still move it: set that to 0. Its
+    gradient still counts in the norm by which all gradients are clipped.
+
+    Raises:
+        ValueError: If nothing would be frozen.
     """
     scorers: dict[str, Scorer] = dict.fromkeys(shapes, KEEP)
-    categories: dict[tuple[str, str], list[str]] = defaultdict(list)
+    categories: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, shape in shapes.items():
         layer = layer_name(name)
         if layer is not None and len(shape) >= 2:
-            categories[layer, place(name).module.partition(".")[0]].append(name)
-    for (layer, category), names in categories.items():
-        number = place(names[0]).layer or 0
-        frozen = (len(names) + number % 2) // 2
+            matrix = _LORA_MATRIX.sub("", name)
+            category, _, _ = place(matrix).module.rpartition(".")
+            categories[layer, category.partition(".")[0]][matrix].append(name)
+    for (layer, category), matrices in categories.items():
+        number = int(layer.rpartition(".")[2])
+        frozen = (len(matrices) + number % 2) // 2
         draw = random.Random(_key(seed, layer, category))
-        scorers.update(dict.fromkeys(draw.sample(sorted(names), frozen), DROP))
+        for matrix in draw.sample(sorted(matrices), frozen):
+            scorers.update(dict.fromkeys(matrices[matrix], DROP))
+    if DROP not in scorers.values():
+        raise ValueError(
+            "criterion (gmt_criterion in YAML): 'half' would freeze nothing, since no layer has "
+            "two matrices of one kind under the mask. Set another criterion, or wider patterns."
+        )
     return scorers
 
 
@@ -263,35 +296,65 @@ def gmt_criteria() -> Mapping[str, Criterion]:
     }
 
 
-def registered() -> dict[str, Criterion]:
-    """All criteria of this installation by name, the built-in ones first.
+class _Offer(NamedTuple):
+    owner: str
+    criterion: Criterion
 
-    Raises:
-        ValueError: If a package cannot be loaded, or if two claim one name.
-    """
+
+def _offers() -> tuple[dict[str, list[_Offer]], list[str]]:
+    """Who offers each criterion, the built-in ones first, and what is wrong with which package."""
     manager = pluggy.PluginManager(ENTRY_POINT_GROUP)
     manager.add_hookspecs(_Hooks)
     manager.register(sys.modules[__name__], name="axolotl_gmt")
+    broken = []
     # Not load_setuptools_entrypoints, which skips a second entry point of the same name in silence.
     for point in entry_points(group=ENTRY_POINT_GROUP):
         package = point.dist.name if point.dist else point.value
         try:
-            manager.register(point.load(), name=f"{package} ({point.value})")
+            module = point.load()
+            if not manager.is_registered(module):
+                manager.register(module, name=f"{package} ({point.value})")
+                if not manager.get_hookcallers(module):
+                    raise TypeError("it has no function gmt_criteria marked with hookimpl")
         except Exception as error:  # Somebody else's module raises anything as it is imported.
-            raise ValueError(
-                f"The package {package} offers criteria for GMT, but {point.value} cannot be "
-                f"loaded ({type(error).__name__}: {error}). Repair or uninstall it."
-            ) from error
-    found: dict[str, Criterion] = {}
-    owner: dict[str, str] = {}
+            broken.append(
+                f"The package {package} offers criteria, but {point.value} cannot be loaded "
+                f"({type(error).__name__}: {error}). Repair or uninstall it."
+            )
+    offers: dict[str, list[_Offer]] = defaultdict(list)
     for implementation in manager.hook.gmt_criteria.get_hookimpls():
-        offered = cast(Mapping[str, Criterion], implementation.function())
+        owner = implementation.plugin_name
+        try:
+            offered = dict(cast(Mapping[str, Criterion], implementation.function()))
+        except Exception as error:
+            broken.append(
+                f"The hook gmt_criteria of {owner} fails ({type(error).__name__}: {error}). It "
+                "must return a dictionary of criteria by name."
+            )
+            continue
         for name, criterion in offered.items():
-            if name in owner:
-                raise ValueError(
-                    f"The criterion {name!r} is claimed by {owner[name]} and by "
-                    f"{implementation.plugin_name}. Uninstall one of them, or rename its criterion."
-                )
-            owner[name] = implementation.plugin_name
-            found[name] = criterion
-    return found
+            offers[name].append(_Offer(owner, criterion))
+    return offers, broken
+
+
+def find(name: object) -> Criterion:
+    """The criterion of that name, built in or of an installed package.
+
+    Raises:
+        ValueError: If there is none, or if two packages claim the name. A package that is broken
+            is no error unless it may be the one that is meant.
+    """
+    offers, broken = _offers()
+    found = offers.get(name, []) if isinstance(name, str) else []
+    if not found:
+        problems = "".join(f" {problem}" for problem in broken)
+        raise ValueError(
+            f"{name!r} is not one of {', '.join(offers)}. Set one of these, or install the package "
+            f"that offers it.{problems}"
+        )
+    if len(found) > 1:
+        owners = " and by ".join(offer.owner for offer in found)
+        raise ValueError(
+            f"{name!r} is claimed by {owners}. Uninstall all but one, or rename its criterion."
+        )
+    return found[0].criterion

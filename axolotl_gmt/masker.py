@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,15 @@ from torch.utils.hooks import RemovableHandle
 
 from axolotl_gmt import criteria
 from axolotl_gmt.config import GMTConfig, Granularity
-from axolotl_gmt.criteria import DROP, KEEP, MAGNITUDE, Entries, Scorer, checked_scores
+from axolotl_gmt.criteria import (
+    DROP,
+    KEEP,
+    MAGNITUDE,
+    Entries,
+    Scorer,
+    Verdict,
+    checked_scores,
+)
 from axolotl_gmt.names import layer_name, module_name
 from axolotl_gmt.shards import (
     Ranks,
@@ -68,7 +76,8 @@ class GradientMasker:
 
     Attributes:
         step: The number of optimizer steps before the next one, which criteria that draw anew at
-            each step draw by. Counts up by itself; set it when a run is resumed.
+            each step draw by. Counts masks by itself; set it before each step where these are not
+            the same: in a resumed run, with several optimizers, or with closures.
 
     Example:
         >>> model = torch.nn.Linear(8, 8)
@@ -153,15 +162,21 @@ class GradientMasker:
         shapes = {name: shape(parameter) for name, parameter in masked}
         if shapes.keys() <= self._scorers.keys():
             return
+        if self.config.mask_ratio == 0:  # Then no criterion masks anything.
+            self._scorers |= dict.fromkeys(shapes, KEEP)
+            return
         name = self.config.criterion
-        scorers = criteria.registered()[name](shapes, self.config.seed or 0)
-        missing = [parameter for parameter in shapes if parameter not in scorers]
-        if missing:
-            raise ValueError(
-                f"The criterion {name!r} does not say how {missing[0]} is scored. It must return a "
-                "scorer for every name that it is given."
-            )
-        self._scorers |= scorers
+        scorers = criteria.find(name)(shapes, self.config.seed or 0)
+        for parameter in shapes:
+            scorer = scorers.get(parameter) if isinstance(scorers, Mapping) else None
+            if not (isinstance(scorer, Verdict) or callable(scorer)):
+                raise ValueError(
+                    f"criterion (gmt_criterion in YAML): {name!r} does not say how {parameter} is "
+                    f"scored, but {scorer!r}. It must return, for every name that it is given, "
+                    "MAGNITUDE, KEEP, DROP or a function."
+                )
+        # What is known stays: a parameter that joins later must not change what is frozen.
+        self._scorers = {**scorers, **self._scorers}
 
     @torch.no_grad()
     def _mask(self, gradients: StepGradients) -> None:
@@ -171,13 +186,11 @@ class GradientMasker:
         shards = [gradients.shard(*named) for named in masked]
         found: _Found = defaultdict(list)
         self._mask_whole([shard for shard in shards if self._is_whole(shard)], found)
-        competing = [shard for shard in shards if not self._is_whole(shard)]
-        for dtype, groups in self._batches(competing):
-            batch = [shard for group in groups for shard in group]
-            rows = Rows(groups)
-            scores = [self._scores(shard, gradients) for shard in batch]
-            thresholds = find_thresholds(scores, rows, self.config.mask_ratio, dtype)
-            self._apply(batch, scores, rows.of_shard, dtype, thresholds, found)
+        is_first = not self._bad_scores
+        for dtype, groups in self._batches([s for s in shards if not self._is_whole(s)]):
+            self._mask_groups(groups, dtype, gradients, found)
+        if is_first:  # Later, when something is read from the device anyway.
+            self._check_scores()
         self._totals = []
         for (_, ranks), parts in found.items():
             total = torch.cat([part for _, part in parts])
@@ -186,6 +199,20 @@ class GradientMasker:
             sum_over_ranks(total, ranks)
             self._totals.append(([name for names, _ in parts for name in names], total))
         self.step += 1
+
+    def _mask_groups(
+        self,
+        groups: list[list[Shard]],
+        dtype: torch.dtype,
+        gradients: StepGradients,
+        found: _Found,
+    ) -> None:
+        """Mask groups of shards, each by its own threshold, and add what was found to ``found``."""
+        batch = [shard for group in groups for shard in group]
+        rows = Rows(groups)
+        scores = [self._scores(shard, gradients) for shard in batch]
+        thresholds = find_thresholds(scores, rows, self.config.mask_ratio, dtype)
+        self._apply(batch, scores, rows.of_shard, dtype, thresholds, found)
 
     def _is_whole(self, shard: Shard) -> bool:
         return self._scorers[shard.name] in (KEEP, DROP)
@@ -201,14 +228,10 @@ class GradientMasker:
             gradient=shard.entries,
             step=self.step,
             read_weight=partial(gradients.weight, shard),
-            positions=partial(gradients.positions, shard),
+            positions=gradients.positions(shard),
         )
         scores, bad = checked_scores(scorer, entries)
-        if bad.device in self._bad_scores:
-            self._bad_scores[bad.device] |= bad
-        else:  # Of the first scores at once, of others when something is read from the device.
-            self._bad_scores[bad.device] = bad
-            self._check_scores()
+        self._bad_scores[bad.device] = bad | self._bad_scores.get(bad.device, False)
         return scores
 
     def _score_dtype(self, shard: Shard) -> torch.dtype:
@@ -217,17 +240,21 @@ class GradientMasker:
     def _check_scores(self) -> None:
         if any(bad.item() for bad in self._bad_scores.values()):
             raise ValueError(
-                f"The criterion {self.config.criterion!r} returned scores that are negative or "
-                "NaN, so its masks mean nothing. Change the criterion."
+                f"criterion (gmt_criterion in YAML): {self.config.criterion!r} returned scores "
+                "that are negative or NaN, so its masks mean nothing. Mend it or set another one."
             )
 
     def _mask_whole(self, shards: Sequence[Shard], found: _Found) -> None:
         """Keep or drop whole gradients; NaN and infinity survive here too."""
+        alike: dict[tuple[torch.dtype, torch.device, int], list[Shard]] = defaultdict(list)
         for shard in shards:
             dtype = shard.entries.dtype
             threshold = infinity_pattern(dtype) if self._scorers[shard.name] is DROP else 0
-            thresholds = torch.tensor([threshold], device=shard.entries.device)
-            self._apply([shard], [shard.entries], [0], dtype, thresholds, found)
+            alike[dtype, shard.entries.device, threshold].append(shard)
+        for (dtype, device, threshold), group in alike.items():
+            thresholds = torch.full((1,), threshold, dtype=torch.int64, device=device)
+            entries = [shard.entries for shard in group]
+            self._apply(group, entries, [0] * len(group), dtype, thresholds, found)
 
     def _apply(
         self,

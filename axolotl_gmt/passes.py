@@ -53,7 +53,7 @@ def chunk_size(device: torch.device) -> int:
     On a CPU few enough to stay in its cache, and for torch to use one thread: where another process
     holds a core, the barrier between threads costs many times the work.
     """
-    return 1 << 15 if device.type == "cpu" else 1 << 24
+    return 1 << 15 if device.type == "cpu" else 1 << 22
 
 
 def no_counts(rows: int, bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -128,30 +129,43 @@ class StepGradients:
         gradient = shard.parameter.grad
         if gradient is None:
             return shard.entries.to(shard.parameter.dtype)
+        placements, of_weight = (
+            getattr(tensor, "placements", ()) for tensor in (gradient, shard.parameter)
+        )
+        if placements != of_weight:
+            raise TypeError(
+                f"The gradient of {shard.name} is placed as {placements} and its weight as "
+                f"{of_weight}, so they do not line up. Set a criterion that needs no weights, such "
+                "as gradient."
+            )
         weight = _local(shard.parameter.detach())
         return weight.permute(_memory_order(_local(gradient))).reshape(-1)
 
-    def positions(self, shard: Shard, start: int, stop: int) -> Tensor:
-        """Where ``shard.entries[start:stop]`` lie in the whole, flattened parameter.
+    def positions(self, shard: Shard) -> Callable[[int, int], Tensor]:
+        """A function that tells where ``shard.entries[start:stop]`` lie in the whole parameter.
 
-        Returns:
-            int64 ``(stop - start,)`` on the device of the entries.
+        It returns indices into the flattened parameter: int64 ``(stop - start,)`` on the device of
+        the entries.
         """
         gradient = shard.parameter.grad
         device = shard.entries.device
-        flat = torch.arange(start, stop, device=device)
         whole = not isinstance(gradient, DTensor)
-        if gradient is None or start == stop or (whole and gradient.is_contiguous()):
-            return flat
+        if gradient is None or (whole and gradient.is_contiguous()):
+            return lambda start, stop: torch.arange(start, stop, device=device)
         local = _local(gradient)
-        positions = torch.zeros_like(flat)
-        # An entry's place in memory gives its local coordinates, and each coordinate, by a look-up
-        # of which rows are here, that in the whole parameter.
-        for dim, (size, stride) in enumerate(zip(local.shape, local.stride(), strict=True)):
-            if size > 1 or gradient.size(dim) > 1:
-                coordinate = (flat // max(stride, 1)) % size
-                here = _indices_here(gradient, dim).to(device)
-                positions += here[coordinate] * math.prod(gradient.shape[dim + 1 :])
+        here = cache(lambda dim: _indices_here(gradient, dim))
+
+        def positions(start: int, stop: int) -> Tensor:
+            flat = torch.arange(start, stop, device=device)
+            found = torch.zeros_like(flat)
+            # An entry's place in memory gives its local coordinates, and each coordinate, by a
+            # look-up of which rows are here, that in the whole parameter.
+            for dim, (size, stride) in enumerate(zip(local.shape, local.stride(), strict=True)):
+                if len(flat) and gradient.size(dim) > 1:
+                    coordinate = (flat // max(stride, 1)) % size
+                    found += here(dim)[coordinate] * math.prod(gradient.shape[dim + 1 :])
+            return found
+
         return positions
 
     def before_step(self, mask: Callable[[], None]) -> RemovableHandle:
@@ -226,7 +240,7 @@ def _indices_here(tensor: Tensor, dim: int) -> Tensor:
     """
     shape = [1] * tensor.dim()
     shape[dim] = tensor.size(dim)
-    indices = torch.arange(tensor.size(dim)).view(shape)
+    indices = torch.arange(tensor.size(dim), device=_local(tensor).device).view(shape)
     if not isinstance(tensor, DTensor):
         return indices.flatten()
     mesh = tensor.device_mesh
@@ -236,7 +250,6 @@ def _indices_here(tensor: Tensor, dim: int) -> Tensor:
         else Replicate()
         for placement in tensor.placements
     ]
-    indices = indices.to(_local(tensor).device)
     return distribute_tensor(indices, mesh, placements, src_data_rank=None).to_local().flatten()
 
 

@@ -65,8 +65,9 @@ class Validation:
 def validated(raw: Mapping[str, object], gpus: int | None = None) -> Validation:
     """Check a config as Axolotl does on a machine with Hopper GPUs, whatever this machine is.
 
-    No plugin is imported but GMT and the two that Axolotl always loads, and no model, data set or
-    server is touched.
+    No plugin is imported but GMT and the two that Axolotl always loads (with GMT on and a
+    `gmt_criterion`, also the installed packages that offer criteria, which no file can name), and
+    no model, data set or server is touched.
 
     Args:
         raw: What the YAML file holds, with keys in text; it is left alone.

@@ -155,10 +155,10 @@ class ZeroGradients(StepGradients):
         weight = partition.detach().narrow(0, start, len(shard.entries))
         return weight.to(shard.entries.device)
 
-    def positions(self, shard: Shard, start: int, stop: int) -> Tensor:
-        """Where ``shard.entries[start:stop]`` lie in the whole, flattened parameter."""
-        first = self._first_position(shard.parameter)
-        return torch.arange(first + start, first + stop, device=shard.entries.device)
+    def positions(self, shard: Shard) -> Callable[[int, int], Tensor]:
+        """A function that tells where ``shard.entries[start:stop]`` lie in the whole parameter."""
+        first, device = self._first_position(shard.parameter), shard.entries.device
+        return lambda start, stop: torch.arange(first + start, first + stop, device=device)
 
     def _place_in_partition(self, parameter: Any) -> tuple[Tensor, int]:
         """The fp32 partition that holds the local part of ``parameter``, and where it begins."""

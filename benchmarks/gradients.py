@@ -90,11 +90,14 @@ class Gradients:
         torch._foreach_copy_(self.grads, self._originals)
 
 
-def mask_step_of(parameters: Sequence[Tensor], mask_ratio: float) -> NoStep:
+def mask_step_of(
+    parameters: Sequence[Tensor], mask_ratio: float, criterion: str = "gradient"
+) -> NoStep:
     """An optimizer whose step is GMT's mask step and nothing else."""
     optimizer = NoStep(parameters)
     names = [(f"tensor{index}", tensor) for index, tensor in enumerate(parameters)]
-    GradientMasker(names, GMTConfig(mask_ratio=mask_ratio)).attach(optimizer)
+    config = GMTConfig(mask_ratio=mask_ratio, criterion=criterion)
+    GradientMasker(names, config).attach(optimizer)
     return optimizer
 
 

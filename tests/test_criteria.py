@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import Distribution, EntryPoint
@@ -181,6 +182,74 @@ def test_half_freezes_half_of_each_layers_matrices_for_the_whole_run() -> None:
     assert scorers != criteria.half(shapes, 1)
 
 
+def test_half_freezes_pairs_of_lora_matrices_and_matrices_that_belong_to_the_layer_itself() -> None:
+    shapes = {}
+    for layer in range(6):
+        for module in ("self_attn.q_proj", "self_attn.v_proj", "fc1", "fc2"):
+            for matrix in "AB":
+                name = f"base_model.model.layers.{layer}.{module}.lora_{matrix}.default.weight"
+                shapes[name] = torch.Size((2, 4))
+    scorers = criteria.half(shapes, 3)
+    for layer in range(6):
+        for pair in (("self_attn.q_proj", "self_attn.v_proj"), ("fc1", "fc2")):
+            frozen = [
+                name
+                for name, scorer in scorers.items()
+                if scorer is DROP and any(f".{layer}.{module}." in name for module in pair)
+            ]
+            assert [name.replace("lora_A", "lora_B") for name in frozen[:1]] == frozen[1:]
+            assert len(frozen) == 2
+
+
+def test_half_refuses_a_model_of_which_it_would_freeze_nothing() -> None:
+    with pytest.raises(ValueError, match="'half' would freeze nothing"):
+        criteria.half({"0.weight": torch.Size((4, 4)), "2.weight": torch.Size((4, 4))}, 0)
+
+
+def test_half_keeps_frozen_what_it_froze_when_parameters_join_later() -> None:
+    named = {name: nn.Parameter(torch.randn(shape)) for name, shape in llama_shapes(4).items()}
+    first = {name: p for name, p in named.items() if "v_proj" not in name}
+    optimizer = torch.optim.SGD(first.values(), lr=1.0)
+    GradientMasker(named.items(), GMTConfig(criterion="half")).attach(optimizer)
+    frozen = []
+    for joins in (False, True):
+        if joins:
+            optimizer.add_param_group({"params": [p for n, p in named.items() if n not in first]})
+        for parameter in named.values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        frozen.append({name for name in first if not gradient(named[name]).any()})
+    assert frozen[0] == frozen[1]
+
+
+@pytest.mark.parametrize("criterion", ["gradient", "random", "gradient_weight", "half"])
+def test_ratio_zero_masks_nothing_under_any_criterion(criterion: str) -> None:
+    named = {name: nn.Parameter(torch.randn(shape)) for name, shape in llama_shapes(2).items()}
+    for parameter in named.values():
+        parameter.grad = torch.randn_like(parameter)
+    before = [gradient(parameter) for parameter in named.values()]
+    left = step(named, criterion=criterion, mask_ratio=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, left, strict=True))
+
+
+def test_a_broken_weight_is_not_blamed_on_the_criterion() -> None:
+    named = parameters()
+    weight = next(iter(named.values()))
+    with torch.no_grad():
+        weight[0, 0] = float("inf")
+    assert weight.grad is not None
+    weight.grad[0, 0] = 0.0
+    step(named, criterion="gradient_weight")
+
+
+def test_random_works_whatever_the_default_dtype_is() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        step(parameters(), criterion="random")
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_half_leaves_free_gradients_as_they_are_and_frozen_weights_where_they_are() -> None:
     named = {name: nn.Parameter(torch.randn(shape)) for name, shape in llama_shapes(2).items()}
     optimizer = torch.optim.AdamW(named.values(), lr=0.1, weight_decay=0.0)
@@ -292,18 +361,46 @@ def test_a_package_may_not_take_a_built_in_name(offer: Callable[..., None]) -> N
     offer("taker", TEMPLATE.format(name="random", score="0"))
     with pytest.raises(ValidationError, match="'random' is claimed by axolotl_gmt and by taker"):
         GMTConfig(criterion="random")
+    GMTConfig(criterion="half")
 
 
-def test_a_package_that_cannot_be_loaded_is_named(offer: Callable[..., None]) -> None:
-    offer("broken", "import no_such_module")
-    with pytest.raises(ValidationError, match=r"package broken offers .*no_such_module.*Repair"):
-        GMTConfig(criterion="gradient")
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("import no_such_module", r"package broken offers .*no_such_module.*Repair"),
+        ("def gmt_criteria(): return {}", r"broken.*has no function gmt_criteria marked with hook"),
+        (
+            "from axolotl_gmt.criteria import hookimpl\n@hookimpl\ndef gmt_criteria(): 1 / 0",
+            r"hook gmt_criteria of broken \(broken\) fails \(ZeroDivisionError",
+        ),
+        (
+            "from axolotl_gmt.criteria import hookimpl\n@hookimpl\ndef gmt_criteria(): return [1]",
+            r"broken.*It must return a dictionary of criteria by name",
+        ),
+    ],
+)
+def test_a_broken_package_stops_only_runs_that_may_mean_it(
+    offer: Callable[..., None], source: str, message: str
+) -> None:
+    offer("broken", source)
+    assert GMTConfig(criterion="random").criterion == "random"
+    with pytest.raises(ValidationError, match=message):
+        GMTConfig(criterion="theirs")
+
+
+def test_two_entry_points_to_one_module_are_one_offer(offer: Callable[..., None]) -> None:
+    offer("twice", TEMPLATE.format(name="twice", score="0"))
+    offer("twice", TEMPLATE.format(name="twice", score="0"))
+    assert GMTConfig(criterion="twice").criterion == "twice"
 
 
 def test_an_unknown_criterion_is_refused_with_the_names_that_there_are() -> None:
     names = "gradient, random, gradient_weight, half"
-    with pytest.raises(ValidationError, match=f"'fisher' is not one of {names}"):
-        GMTConfig(criterion="fisher")
+    for unknown in ("fisher", ["random"], None):
+        with pytest.raises(
+            ValidationError, match=rf"{re.escape(repr(unknown))} is not one of {names}"
+        ):
+            GMTConfig.model_validate({"criterion": unknown})
 
 
 @pytest.mark.parametrize(
@@ -316,6 +413,7 @@ def test_an_unknown_criterion_is_refused_with_the_names_that_there_are() -> None
         ("0.0", r"returned 0\.0"),
         ("entries.gradient", r"'bad' returned scores that are negative or NaN"),
         ("entries.gradient.abs() * float('nan')", r"'bad' returned scores that are negative"),
+        ("(0.5 if '0' in entries.name else -1) * entries.gradient.abs()", "'bad' returned scores"),
     ],
 )
 def test_a_criterion_that_breaks_its_contract_stops_at_the_first_step(
@@ -343,10 +441,12 @@ def test_scores_that_turn_bad_later_are_found_when_statistics_are_read(
 
 
 def test_a_criterion_that_leaves_a_parameter_out_is_refused(offer: Callable[..., None]) -> None:
-    source = TEMPLATE.format(name="partial", score="0").replace("dict.fromkeys(shapes", "dict(x")
-    offer("partial", source.replace("dict(x, lambda entries: 0)", "{}"))
-    with pytest.raises(ValueError, match=r"'partial' does not say how layers\.0\.w is scored"):
-        masker_of(parameters(), criterion="partial")
+    whole = "dict.fromkeys(shapes, lambda entries: 0)"
+    for index, scorers in enumerate(("{}", "None", "dict.fromkeys(shapes, 'keep')")):
+        name = f"partial_{index}"
+        offer(name, TEMPLATE.format(name=name, score="0").replace(whole, scorers))
+        with pytest.raises(ValueError, match=r"does not say how layers\.0\.w is scored, but"):
+            masker_of(parameters(), criterion=name)
 
 
 def test_the_papers_criterion_takes_the_fast_path() -> None:

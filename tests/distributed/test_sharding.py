@@ -72,9 +72,11 @@ def test_every_mask_is_that_of_one_process(processes: int, case: str) -> None:
     [
         (2, "ddp"),
         (2, "fsdp2_bf16"),
+        (2, "fsdp2_cpu_offload"),
         (2, "tp"),
         (2, "zero_2"),
-        (2, "zero_3"),
+        (2, "zero_3_bf16"),
+        (2, "zero_3_cpu_offload"),
         (4, "fsdp2_and_tp"),
         (4, "random_shardings"),
     ],

@@ -41,6 +41,8 @@ def expected_step(
 ) -> dict[str, Tensor]:
     """The masked gradients that one process finds, by sorting."""
     result: dict[str, Tensor] = {}
+    if mask_ratio == 0:
+        return gradients
     if criterion == "half":
         scorers = criteria.half({name: weight.shape for name, weight in weights.items()}, 0)
         assert {DROP, KEEP} == set(scorers.values())
