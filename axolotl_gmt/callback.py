@@ -165,7 +165,7 @@ def _leave_report(state: TrainerState, folder: Path) -> None:
         part.replace(folder / STATE_FILE)
         log = parse_state(vars(state), folder.resolve().name)
         page, *_ = write_report(log, folder / FOLDER)
-        LOG.info(f"Gradient-Mask Tuning: the report is {page}")
+        LOG.info(f"The report of this run with GMT is {page}")
     except Exception as error:  # The model has yet to be saved, and no report is worth a model.
         LOG.warning(
             f"Gradient-Mask Tuning: the report was not written: {error} Training goes on; make it "
