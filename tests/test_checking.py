@@ -357,7 +357,11 @@ def test_keys_that_axolotl_ignores_are_warned_of(tmp_path: Path) -> None:
     ]
 
 
-def test_keys_of_plugins_are_known_from_the_source_of_axolotl_or_not_at_all(tmp_path: Path) -> None:
+def test_keys_of_plugins_are_known_from_the_source_of_axolotl_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Another test may have imported it in this process; an import here would bring it back.
+    monkeypatch.delitem(sys.modules, "axolotl.integrations.liger", raising=False)
     liger = ["axolotl_gmt", "axolotl.integrations.liger.LigerPlugin"]
     keys = {"liger_rope": True, "liger_rms_nrom": True}
     found = report(tmp_path, plugins=liger, **keys)
