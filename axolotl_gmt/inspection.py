@@ -6,12 +6,10 @@ Knows tensors by name, nothing of how a model was trained.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -25,34 +23,21 @@ from axolotl_gmt.checkpoints import (
     read_checkpoint,
     round_to,
 )
-from axolotl_gmt.names import layer_name, place
+from axolotl_gmt.names import (
+    layer_name,
+    model_order,
+    module_type,
+    natural_order,
+    place,
+    stack_labels,
+    stack_name,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # 1 MB in float32: a comparison holds a few arrays of this size, and they fit into a CPU's cache.
 _WINDOW_ENTRIES = 1 << 18
-
-# Files list tensors by alphabet; readers think in the order in which a model applies them. The
-# first pattern found in a module's path gives its rank, then the first found in its last part.
-_BLOCKS = tuple(
-    re.compile(pattern)
-    for pattern in (
-        r"embed|wte|wpe",
-        r"input_layernorm|ln_1\b|attention_norm",
-        r"attn|(?<!post_)attention|mixer",
-        r"post_attention|pre_feedforward|ln_2\b|ffn_norm",
-        r"mlp|ffn|feed_forward|experts|moe",
-        r"post_feedforward",
-        r"lm_head|score|classifier",
-    )
-)
-# What is in no block, such as the final norm, comes just before the head.
-_NO_BLOCK = len(_BLOCKS) - 1.5
-_PROJECTIONS = tuple(
-    re.compile(pattern)
-    for pattern in ("qkv|c_attn|query_key_value", "^w?q", "^w?k", "^w?v", "gate|w1|c_fc", "up|w3")
-)
 
 
 @dataclass(frozen=True)
@@ -157,7 +142,7 @@ class Comparison:
         """By decoder layer; tensors outside any are left out."""
         inside = [name for name in self.tensors if layer_name(name)]
         layers = self._sum_by(self._layer, inside)
-        return dict(sorted(layers.items(), key=lambda item: _natural(item[0])))
+        return dict(sorted(layers.items(), key=lambda item: natural_order(item[0])))
 
     def grid(self) -> Grid | None:
         """By module type and layer, without what is outside the layers; None if all is outside."""
@@ -240,19 +225,13 @@ class Comparison:
 
     @cached_property
     def _stack_labels(self) -> dict[str, str]:
-        """What to call each list of layers: nothing if there is one, else how its path ends."""
-        paths = {_stack(name): _stack(name).split(".") for name in self.tensors if layer_name(name)}
-        columns = zip(*paths.values(), strict=False)
-        common = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
-        return {stack: ".".join(path[common:]) for stack, path in paths.items()}
+        return stack_labels(self.tensors)
 
     def _module(self, name: str) -> str:
-        module = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", place(name).module)  # Experts are one type.
-        stack = self._stack_labels.get(_stack(name))
-        return f"{stack}.*.{module}" if stack else module
+        return module_type(name, self._stack_labels)
 
     def _layer(self, name: str) -> str:
-        stack, layer = self._stack_labels[_stack(name)], str(place(name).layer)
+        stack, layer = self._stack_labels[stack_name(name)], str(place(name).layer)
         return f"{stack}.{layer}" if stack else layer
 
 
@@ -383,7 +362,7 @@ class _AdapterPair(_Pair):
 def _compare(
     pair: _Pair, compared: Compared, on_progress: Callable[[int, int], object] | None
 ) -> Comparison:
-    stored, tuned = pair.base.tensors, sorted(pair.names(), key=_model_order)
+    stored, tuned = pair.base.tensors, sorted(pair.names(), key=model_order)
     shared = [name for name in tuned if name in stored]
     if not shared:
         raise CheckpointError(
@@ -408,12 +387,12 @@ def _compare(
         tuned=pair.path,
         compared=compared,
         tensors=changes,
-        only_in_base=sorted(all_base - all_tuned, key=_model_order),
-        only_in_tuned=sorted(all_tuned - all_base, key=_model_order),
+        only_in_base=sorted(all_base - all_tuned, key=model_order),
+        only_in_tuned=sorted(all_tuned - all_base, key=model_order),
         reshaped={
             name: (stored[name].shape, pair.shape(name)) for name in shared if name not in changes
         },
-        not_weights=sorted((all_base & all_tuned).difference(shared), key=_model_order),
+        not_weights=sorted((all_base & all_tuned).difference(shared), key=model_order),
         converted=Counter(dtype for dtype in dtypes if dtype[0] != dtype[1]),
     )
 
@@ -498,33 +477,3 @@ def draw_png(comparison: Comparison) -> bytes:
 
     rows = len(grid.rows) + len(outside)
     return figures.render_figure(draw, width=10, height=len(maps) * (1.2 + 0.25 * rows))
-
-
-def _stack(name: str) -> str:
-    """The path of the list that a layer is in: model.layers of model.layers.3."""
-    return (layer_name(name) or "").rpartition(".")[0]
-
-
-def _model_order(name: str) -> tuple[object, ...]:
-    """Sorts what comes before the layers first, then the module types, layers within them."""
-    where = place(name)
-    parent, _, leaf = where.module.rpartition(".")
-    block = _rank(where.module, _BLOCKS, _NO_BLOCK)
-    projection = _rank(leaf, _PROJECTIONS, len(_PROJECTIONS))
-    after_layers = where.layer is None and block > 0
-    return (
-        (after_layers, _stack(name), block),
-        (_natural(parent), projection, leaf),
-        (where.layer or 0, name),
-    )
-
-
-def _rank(text: str, patterns: Sequence[re.Pattern[str]], otherwise: float) -> float:
-    """The place of the first pattern that is found in ``text``."""
-    return next((rank for rank, part in enumerate(patterns) if part.search(text)), otherwise)
-
-
-def _natural(text: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 after layer 9."""
-    parts = re.split(r"(\d+)", text)
-    return [(int(part), "") if part.isdigit() else (0, part) for part in parts]

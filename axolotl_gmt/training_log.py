@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axolotl_gmt.config import GMTConfig
-from axolotl_gmt.names import layer_name, place
+from axolotl_gmt.names import model_order, module_type, place, stack_labels
 
 STATE_FILE = "trainer_state.json"
 RECORD = "GMTCallback"
@@ -34,7 +34,6 @@ _COLUMNS = 120  # More steps than this are averaged, so that a heat map's cells 
 _LONGEST_NAME = 500
 _MOST_LAYERS = 1000
 _LARGEST = 1e30  # A larger number is as good as infinite, and would overflow when drawn.
-_NUMBER_IN_PATH = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 Floats = NDArray[np.float64]
 
@@ -364,8 +363,8 @@ def _modules(entries: Iterable[Mapping[str, object]], statistic: str) -> Modules
     }
     keys = {key for entry in logged.values() for key in entry if str(key).startswith(prefix)}
     modules = {key: printable(str(key).removeprefix(prefix)) for key in keys}
-    # Those in layers first; by path, since a trainer writes its log sorted but keeps it unsorted.
-    order = sorted(modules, key=lambda key: (_layer(modules[key]) is None, modules[key]))
+    # A trainer writes its log sorted by alphabet, and keeps it unsorted.
+    order = sorted(modules, key=lambda key: model_order(f"{modules[key]}.weight"))
     names = {key: row for row, key in enumerate(order)}
     first, runs = _columns(sorted(logged))
     totals = np.zeros((len(names), 2, len(first)))
@@ -392,17 +391,9 @@ def _layer(module: str) -> int | None:
 
 
 def _kinds(names: Sequence[str]) -> list[str]:
-    """The kind of each module: its path in the layer, with numbers such as an expert's as ``*``.
-
-    With several stacks of layers, as in a model that sees and writes, the stack comes first.
-    """
-    stacks = [(layer_name(f"{name}.weight") or "").rpartition(".")[0] for name in names]
-    several = len({stack for stack in stacks if stack}) > 1
-    kinds = []
-    for name, stack in zip(names, stacks, strict=True):
-        kind = _NUMBER_IN_PATH.sub("*", place(f"{name}.weight").module)
-        kinds.append(f"{stack}.*.{kind}" if several and stack else kind)
-    return kinds
+    parameters = [f"{name}.weight" for name in names]
+    labels = stack_labels(parameters)
+    return [module_type(parameter, labels) for parameter in parameters]
 
 
 def _group[Key: Hashable](keys: Sequence[Key], totals: Floats) -> dict[Key, Floats]:
