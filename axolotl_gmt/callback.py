@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import shlex
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from axolotl_gmt.config import GMTConfig
+from axolotl_gmt.files import whole
 from axolotl_gmt.masker import GradientMasker
 from axolotl_gmt.report import FOLDER, write_report
 from axolotl_gmt.shards import shape
@@ -113,8 +115,11 @@ class GMTCallback(TrainerCallback):
         if self._masker is None or logs is None or "loss" not in logs:
             return
         statistics = {f"gmt/{key}": value for key, value in self._masker.statistics().items()}
-        for module, found in self._masker.module_statistics().items():
-            statistics |= {f"gmt/{key}/{module}": value for key, value in found.items()}
+        if state.is_world_process_zero:  # Other ranks need not remember hundreds of numbers a log.
+            for module, found in self._masker.module_statistics().items():
+                # One string for each, however many logs refer to it.
+                keys = (sys.intern(f"gmt/{key}/{module}") for key in found)
+                statistics |= dict(zip(keys, found.values(), strict=True))
         if not statistics and state.is_world_process_zero:
             LOG.warning(
                 "GMT has masked nothing so far: no step of the optimizer has shown a gradient. "
@@ -160,9 +165,8 @@ def _leave_report(state: TrainerState, folder: Path) -> None:
     """Write the trainer's state, which no last checkpoint need have, and the report made of it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f".{STATE_FILE}.part"
-        state.save_to_json(str(part))
-        part.replace(folder / STATE_FILE)
+        with whole(folder / STATE_FILE) as part:
+            state.save_to_json(str(part))
         log = parse_state(vars(state), folder.resolve().name)
         page, *_ = write_report(log, folder / FOLDER)
         LOG.info(f"The report of this run with GMT is {page}")

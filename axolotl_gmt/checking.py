@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 MAX_BYTES = 1_000_000
 # Of a file with its aliases written out, which would else grow without bounds.
 MAX_NODES = 100_000
+# Of a whole number. Python itself refuses to print those of thousands.
+MAX_DIGITS = 100
 # Of a message; those of Axolotl can quote whole values.
 MAX_LINE = 2_000
 
@@ -124,10 +126,22 @@ def check(path: Path, gpus: int | None = None, private: bool = False) -> Report:
         if not private:
             report.warnings += shared.warnings
             report.remarks += shared.remarks
-    for lines in (report.errors, report.warnings, report.remarks):
-        lines[:] = [_one_line(sharing.hidden(line, secrets)) for line in lines]
-    if report.gmt and report.gmt.not_counted:
-        report.gmt.not_counted = _one_line(sharing.hidden(report.gmt.not_counted, secrets))
+
+    def shown(value: Any) -> Any:
+        """A value with nothing in it that a terminal must not get."""
+        if isinstance(value, str):
+            return _one_line(sharing.hidden(value, secrets))
+        if isinstance(value, list | tuple):
+            return type(value)(map(shown, value))
+        return (
+            {key: shown(item) for key, item in value.items()} if isinstance(value, dict) else value
+        )
+
+    report.errors, report.warnings, report.remarks = map(
+        shown, (report.errors, report.warnings, report.remarks)
+    )
+    if report.gmt:
+        report.gmt = Plan(**{key: shown(value) for key, value in vars(report.gmt).items()})
     return report
 
 
@@ -160,6 +174,12 @@ def _parse(text: str) -> tuple[dict[str, object], list[str]]:
             raise UnreadableError(
                 f"has more than {MAX_NODES:,} values with aliases written out, or contains itself."
             )
+        for node in nodes:
+            if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
+                line = node.start_mark.line + 1
+                raise UnreadableError(
+                    f"has a number of more than {MAX_DIGITS} digits in line {line}."
+                )
         raw = yaml.safe_load(text)
     except RecursionError as error:
         raise UnreadableError("is nested too deeply to be a config.") from error
@@ -224,7 +244,7 @@ def _check_config(report: Report, raw: Mapping[str, object], gpus: int | None) -
             return
         optimizer = found.config.get("optimizer")
         name = getattr(optimizer, "value", optimizer)  # Axolotl's default is a member of an enum.
-        report.gmt = Plan(*found.switch, base_optimizer=name)
+        report.gmt = Plan(*found.switch, base_optimizer=name if isinstance(name, str) else None)
         if found.switch.enabled:
             settings = plugin.read_config(found.config)
             report.gmt.settings = settings.model_dump()
@@ -269,6 +289,9 @@ def _count(report: Report, plan: Plan, found: Validation, settings: GMTConfig) -
     # The configs of strangers make Transformers and PEFT raise errors of nearly every kind.
     except Exception as error:
         plan.not_counted = next(iter(str(error).splitlines()), type(error).__name__)
+        return
+    if found.freezing:
+        plan.not_counted = f"{found.freezing} may decide what is trained"
         return
     try:
         plan.mask = count(model, settings)
@@ -347,6 +370,7 @@ def _alone() -> Iterator[None]:
     with (
         patch.object(constants, "HF_HUB_OFFLINE", True),
         patch.object(root, "handlers", [logging.NullHandler()]),
+        patch.object(logging.getLogger("torch.utils._pytree"), "disabled", True),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

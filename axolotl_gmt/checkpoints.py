@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
 
 # Safetensors' dtypes and how numpy reads them; it has no bfloat16.
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -120,6 +120,13 @@ def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
     return np.where(np.isnan(values), values, rounded.view(np.float32))
 
 
+# PEFT's rule: a pattern is a regular expression for the end of the module's path.
+_EndOfPath = Annotated[
+    re.Pattern[str],
+    BeforeValidator(lambda text: rf"(.*\.)?({text})$" if isinstance(text, str) else text),
+]
+
+
 class _LoraSettings(BaseModel):
     """The part of adapter_config.json that says how large the change of a weight is."""
 
@@ -127,7 +134,7 @@ class _LoraSettings(BaseModel):
     lora_alpha: float
     use_rslora: bool = False
     fan_in_fan_out: bool = False
-    alpha_pattern: dict[re.Pattern[str], float] = {}
+    alpha_pattern: dict[_EndOfPath, float] = {}
     init_lora_weights: bool | str | None = True
 
 
@@ -189,11 +196,8 @@ class Adapter:
                 "ZeRO-3 or FSDP without gathering their shards look like this."
             )
         rank = shapes[0][0]
-        # PEFT's rule: a pattern is a regular expression for the end of the module's path.
         patterns = (
-            alpha
-            for pattern, alpha in settings.alpha_pattern.items()
-            if re.match(rf"(.*\.)?({pattern.pattern})$", module)
+            alpha for pattern, alpha in settings.alpha_pattern.items() if pattern.match(module)
         )
         alpha = next(patterns, settings.lora_alpha)
         scale = alpha / (math.sqrt(rank) if settings.use_rslora else rank)

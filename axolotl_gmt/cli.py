@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import shlex
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -30,6 +32,7 @@ from rich.text import Text
 from axolotl_gmt import checking, scoring
 from axolotl_gmt import quickstart as qs
 from axolotl_gmt.config import GMTConfig
+from axolotl_gmt.files import whole
 
 if TYPE_CHECKING:
     from axolotl_gmt.inspection import Comparison
@@ -38,7 +41,20 @@ if TYPE_CHECKING:
 _REMARKS = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-@click.group()
+class _Commands(click.Group):
+    """Says in one line, as of any bad argument, that a file cannot be reached."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # Which click knows: whoever reads our output has seen enough.
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            raise click.ClickException(f"{place}{error.strerror or error}.") from error
+
+
+@click.group(cls=_Commands)
 def gmt() -> None:
     """Gradient-Mask Tuning: recipes to start from, checks before, and pictures after a training."""
 
@@ -249,7 +265,7 @@ def check(configs: Sequence[Path], gpus: int | None, private: bool, as_json: boo
             reports.append(checking.check(config, gpus, private))
             progress.advance(task)
     if as_json:
-        click.echo(json.dumps([found.as_dict() for found in reports]))
+        click.echo(json.dumps([found.as_dict() for found in reports], allow_nan=False))
     else:
         _print_checked(reports)
     worst = 2 if not all(found.readable for found in reports) else 1
@@ -344,35 +360,31 @@ def inspect(base: Path, tuned: Path, png: Path | None, as_json: bool) -> None:
 
     if png is not None and png.exists():
         raise click.ClickException(f"{png} exists. Name another file, or remove it.")
-    if png is not None and not png.absolute().parent.is_dir():
-        raise click.ClickException(f"{png} cannot be written: {png.parent} is not a folder.")
     columns = (TextColumn("Comparing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    try:
-        with Progress(*columns, console=_REMARKS) as progress:
-            task = progress.add_task("Comparing")
-            comparison = compare(
-                base, tuned, lambda new, all_: progress.update(task, advance=new, total=all_)
-            )
-        for remark in comparison.remarks():
-            _REMARKS.print(remark, markup=False)
-        if as_json:
-            click.echo(json.dumps(comparison.as_dict(), allow_nan=False))
-        else:
-            Console().print(_change_table(comparison))
-        if png is not None:
-            _write_whole(png, draw_png(comparison))
-    except (CheckpointError, OSError) as error:
-        raise click.ClickException(str(error)) from error
-
-
-def _write_whole(file: Path, content: bytes) -> None:
-    part = file.with_name(f".{file.name}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(file)
-    except OSError as error:
-        raise click.ClickException(f"{file} cannot be written: {error.strerror}.") from error
-    _REMARKS.print(f"Wrote {file}", markup=False)
+    with ExitStack() as stack:
+        try:
+            # Entered first, since a comparison can take minutes.
+            part = stack.enter_context(whole(png)) if png is not None else None
+        except OSError as error:
+            raise click.ClickException(f"{png} cannot be written: {error.strerror}.") from error
+        try:
+            with Progress(*columns, console=_REMARKS, transient=True) as progress:
+                task = progress.add_task("Comparing")
+                comparison = compare(
+                    base, tuned, lambda new, all_: progress.update(task, advance=new, total=all_)
+                )
+            for remark in comparison.remarks():
+                _REMARKS.print(remark, markup=False)
+            if as_json:
+                click.echo(json.dumps(comparison.as_dict(), allow_nan=False))
+            else:
+                Console().print(_change_table(comparison))
+            if part is not None:
+                part.write_bytes(draw_png(comparison))
+        except CheckpointError as error:
+            raise click.ClickException(str(error)) from error
+    if png is not None:
+        _REMARKS.print(f"Wrote {png}", markup=False)
 
 
 def _change_table(comparison: Comparison) -> Table:
@@ -424,13 +436,16 @@ def recipes(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([recipe.as_dict() for recipe in found]))
         return
-    table = Table()
-    table.add_column("Recipe", no_wrap=True)
-    for heading in ("What", "Model", "Method", "Hardware"):
-        table.add_column(heading, overflow="fold")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in ("Recipe", "Model", "Method", "Hardware"):
+        table.add_column(heading, no_wrap=True)
     for each in found:
-        table.add_row(each.name, each.title, each.model, each.method, each.hardware)
-    Console().print(table)
+        table.add_row(each.name, each.model, each.method, each.hardware)
+    # A narrow terminal wraps whole lines: names are to be copied and searched for.
+    console = Console(highlight=False)
+    unbounded = console.options.update(max_width=sys.maxsize)
+    console.width = max(console.width, console.measure(table, options=unbounded).maximum)
+    console.print(table)
 
 
 @gmt.command()

@@ -18,6 +18,8 @@ def _check_mask_ratio(value: object) -> float:
         if isinstance(value, bool):
             raise TypeError
         ratio = float(value)  # type: ignore[arg-type]
+    except OverflowError:
+        ratio = math.inf
     except (TypeError, ValueError):
         raise ValueError(
             f"{value!r} is not a number. Set the fraction of gradient entries to mask, "

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _MISSING = "#e4e4e4"  # No shade of the colour map comes near this grey.
 DPI = 160
 _TICKS = 16  # More column labels than this run into each other.
+_SEPARATED = 64  # Of more columns than this the lines between them would hide the cells.
 _COLOURS = ("#2a7fbf", "#d55e00")  # Told apart by the colour-blind, on white and on black.
 _MARKED = 40  # Of more points than this, the line alone shows where they are.
 _POINTS_IN_MEAN = 60  # How many windows of a moving mean a long line is made of.
@@ -67,9 +68,8 @@ def heat_map(
     axes.set_xticks(range(0, len(columns), every), [str(number) for number in columns[::every]])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    # Lines tell the cells apart, unless there are so many that they would hide them.
     axes.set_yticks(np.arange(0.5, len(rows) - 1), minor=True)
-    if len(columns) <= 2 * _TICKS * 2:
+    if len(columns) <= _SEPARATED:
         axes.set_xticks(np.arange(0.5, len(columns) - 1), minor=True)
     axes.grid(which="minor", color=axes.get_facecolor(), linewidth=0.8)
     axes.tick_params(which="minor", length=0)

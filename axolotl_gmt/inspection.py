@@ -70,22 +70,28 @@ class Change:
 
     @property
     def norm(self) -> float:
-        """Euclidean (Frobenius) norm of the change."""
+        """Euclidean (Frobenius) norm of the change; infinite if its square leaves float64."""
         return math.sqrt(self.square_change)
 
     @property
     def relative_norm(self) -> float | None:
-        """Norm of the change over the norm of the base; None where the base is all zeros."""
-        return self.norm / math.sqrt(self.square_base) if self.square_base else None
+        """Norm of the change over the norm of the base; None where the base is all zeros.
+
+        None as well where one of them is infinite.
+        """
+        if not self.square_base or math.isinf(self.square_base + self.square_change):
+            return None
+        return self.norm / math.sqrt(self.square_base)
 
     def as_dict(self) -> dict[str, int | float | None]:
         """The figures that a reader wants, under their names in JSON."""
+        change, base = self.norm, math.sqrt(self.square_base)
         return {
             "entries": self.entries,
             "changed": self.changed,
             "changed_fraction": self.changed_fraction,
-            "change_norm": self.norm,
-            "base_norm": math.sqrt(self.square_base),
+            "change_norm": change if math.isfinite(change) else None,
+            "base_norm": base if math.isfinite(base) else None,
             "relative_change_norm": self.relative_norm,
             "non_finite": self.non_finite,
         }
@@ -370,6 +376,12 @@ def _compare(
             f"{min(stored)} and {tuned[0]}."
         )
     same_shape = [name for name in shared if pair.shape(name) == stored[name].shape]
+    if not same_shape:
+        name = shared[0]
+        raise CheckpointError(
+            f"No tensor has the same shape in {pair.base.path} and {pair.path}: {name} is "
+            f"{list(stored[name].shape)} and {list(pair.shape(name))}. Is one tuned from the other?"
+        )
     total = sum(stored[name].entries for name in same_shape)
     changes: dict[str, Change] = {}
     with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are counted instead.
@@ -455,7 +467,10 @@ def draw_png(comparison: Comparison) -> bytes:
 
     grid, outside = comparison.grid(), comparison.outside_layers()
     if grid is None:
-        raise CheckpointError(f"{comparison.base} has no numbered layers to draw a heat map of.")
+        raise CheckpointError(
+            "No tensor that was compared is in a numbered layer, so there is no heat map to draw. "
+            "Leave out --png."
+        )
     total, (base, tuned) = comparison.total, comparison.labels
     changed = figures.LayerMap(
         f"Entries changed: {total.changed_fraction:.2%} in all",

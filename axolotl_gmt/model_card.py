@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from axolotl_gmt.files import whole
 from axolotl_gmt.report import FOLDER, settings_yaml
 from axolotl_gmt.training_log import GRAD_NORM_KEPT, KEPT_FRACTION, TrainingLog
 
@@ -40,9 +41,8 @@ def add_section(card_file: Path, log: TrainingLog) -> None:
     tags = [card.data.tags] if isinstance(card.data.tags, str) else card.data.tags or []
     card.data.tags = [*tags, *(tag for tag in TAGS if tag not in tags)]
     card.text = f"{_SECTION.sub('\n', card.text).rstrip()}\n\n{_section(log, card_file.parent)}\n"
-    part = card_file.with_name(f".{card_file.name}.part")
-    card.save(part)
-    part.replace(card_file)
+    with whole(card_file) as part:
+        card.save(part)
 
 
 def _section(log: TrainingLog, folder: Path) -> str:

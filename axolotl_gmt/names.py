@@ -11,8 +11,9 @@ from itertools import takewhile
 from typing import NamedTuple
 
 # The path to the first numbered module: model.layers.3 of model.layers.3.mlp.experts.5.w1.weight.
-_LAYER = re.compile(r"^(?:.*?\.)?(\d+)(?=\.)")
-_NUMBER_IN_PATH = re.compile(r"(?<=\.)\d+(?=\.|$)")
+# A longer number is no layer's, and Python reads none of thousands of digits.
+_LAYER = re.compile(r"^(?:.*?\.)?(\d{1,9})(?=\.)")
+_NUMBER_IN_PATH = re.compile(r"(?<![^.])\d+(?![^.])")
 
 # The first pattern found in a module's path gives its rank, then the first found in its last part.
 _BLOCKS = tuple(
@@ -120,7 +121,7 @@ def model_order(parameter_name: str) -> tuple[object, ...]:
 
 def natural_order(text: str) -> list[tuple[int, str]]:
     """A key that sorts layer 10 after layer 9."""
-    parts = re.split(r"(\d+)", text)
+    parts = re.split(r"(\d{1,9})", text)
     return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
 
 

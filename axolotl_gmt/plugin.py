@@ -104,7 +104,9 @@ class GMTPlugin(BasePlugin):
         Raises:
             ValueError: For a bad setting, naming key, value and fix.
         """
-        if settle(cfg).enabled:
+        program = Path(sys.argv[0])  # Of another one an option may mean anything.
+        is_axolotl = program.name == "axolotl" or program.match("axolotl/cli/*.py")
+        if settle(cfg).enabled or is_axolotl:
             _check_command_line(sys.argv)
 
     def get_input_args(self) -> str:
@@ -244,7 +246,7 @@ def _check_nothing_is_set(cfg: DictDefault, sugar: bool) -> None:
 def _put_base_optimizer(cfg: DictDefault) -> None:
     base = cfg.get("gmt_base_optimizer")
     if base is not None:
-        _check_known_optimizer(base)
+        check_known_optimizer("gmt_base_optimizer", base)
     optimizer = cfg.get("optimizer")
     if optimizer == "gmt" or (optimizer is None and base is not None):
         cfg["optimizer"] = base or DEFAULT_BASE_OPTIMIZER
@@ -255,17 +257,23 @@ def _put_base_optimizer(cfg: DictDefault) -> None:
         )
 
 
-def _check_known_optimizer(base: object) -> None:
-    known = sorted({item.value for item in (*OptimizerNames, *CustomSupportedOptimizers)})
-    if base == "gmt":
+def check_known_optimizer(key: str, name: object) -> None:
+    """Refuse a name that Axolotl cannot make an optimizer of.
+
+    Raises:
+        ValueError: Naming ``key``, under which ``name`` stands, and the nearest names.
+    """
+    if key == "gmt_base_optimizer" and name == "gmt":
         raise ValueError(
             "gmt_base_optimizer: 'gmt' cannot step with itself. Set the optimizer to step with, "
             f"such as {DEFAULT_BASE_OPTIMIZER}."
         )
-    if base not in known:
-        nearest = difflib.get_close_matches(str(base), known, cutoff=0)
+    names = {item.value for item in (*OptimizerNames, *CustomSupportedOptimizers)}
+    known = sorted(names if key == "gmt_base_optimizer" else {*names, "gmt"})
+    if name not in known:
+        nearest = difflib.get_close_matches(str(name).lower(), known, cutoff=0)
         raise ValueError(
-            f"gmt_base_optimizer: {base!r} is no optimizer that Axolotl knows. The nearest are "
+            f"{key}: {name!r} is no optimizer that Axolotl knows. The nearest are "
             f"{', '.join(nearest)}. All are {', '.join(known)}."
         )
 
@@ -289,6 +297,13 @@ def _check_exposes_gradients(cfg: DictDefault) -> None:
 
 def _check_distribution(cfg: DictDefault) -> None:
     """Refuse ways to shard in which a mask cannot be exact, or is untested."""
+    if cfg.get("optimizer") == "polora":
+        for key in ("fsdp", "fsdp_config", "dp_shard_size", "tensor_parallel_size"):
+            if cfg.get(key) not in (None, 1):
+                raise ValueError(
+                    f"optimizer: 'polora' with {key} steps tensors that it gathers itself, whose "
+                    f"gradients GMT cannot see. Remove {key}, or set another optimizer."
+                )
     deepspeed = cfg.get("deepspeed")
     if isinstance(deepspeed, str) and isfile(deepspeed):
         try:

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +21,7 @@ from string import Template
 
 import yaml
 
+from axolotl_gmt.files import whole
 from axolotl_gmt.scoring import ScoringError, check_model_folder
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -229,11 +229,8 @@ def _write_once(path: Path, write: Callable[[Path], None], report: Callable[[str
     if path.exists():
         report(f"Kept {path}")
         return
-    part = path.with_name(f".{path.name}.part")
-    if part.is_dir():  # Left behind by a run that was interrupted.
-        shutil.rmtree(part)
-    write(part)
-    part.rename(path)
+    with whole(path) as part:
+        write(part)
     report(f"Wrote {path}")
 
 

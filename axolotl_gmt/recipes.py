@@ -6,12 +6,13 @@ Knows nothing of Axolotl: a recipe is text here, and a mapping of keys to read i
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
+
+from axolotl_gmt.files import whole
 
 HEAD = (
     "title",
@@ -118,17 +119,18 @@ def parse_recipe(name: str, text: str) -> Recipe:
 
 
 def write_recipe(recipe: Recipe, file: Path) -> None:
-    """Write a recipe into a new file, whole or not at all.
+    """Write a recipe into a new file, whole or not at all, with the file's name in its commands.
 
     Raises:
         RecipeError: If the file exists, or cannot be written.
     """
     if file.exists():
         raise RecipeError(f"{file}: already exists, and is kept. Name another file, or remove it.")
-    temporary = file.with_name(file.name + ".part")
+    # Its comments have commands to copy. A path of this machine should not end up in a shared file.
+    name = file.name if file.is_absolute() else file.as_posix()
     try:
-        temporary.write_text(recipe.text, encoding="utf-8")
-        os.replace(temporary, file)
+        with whole(file) as part:
+            part.write_text(recipe.text.replace(f"{recipe.name}.yml", name), encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{file}: cannot be written ({error.strerror}).") from error
 

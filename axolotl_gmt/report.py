@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import math
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from axolotl_gmt import __version__, figures
+from axolotl_gmt.files import whole
 from axolotl_gmt.training_log import (
     GRAD_NORM_KEPT,
     KEPT_FRACTION,
@@ -79,21 +79,14 @@ def write_report(log: TrainingLog, folder: Path, track: Track = iter) -> list[Pa
         ReportError: If the folder holds something else, or cannot be written.
     """
     folder = folder.resolve()
-    part = folder.with_name(f".{folder.name}.part")
     try:
         _check_replaceable(folder)
-        if part.exists():  # Left behind by a process that was killed.
-            shutil.rmtree(part)
-        part.mkdir(parents=True)
-        try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with whole(folder) as part:
+            part.mkdir()
             for file, content in _render(log, track).items():
                 (part / file).write_bytes(content)
-            if folder.exists():
-                shutil.rmtree(folder)
             files = sorted(path.name for path in part.iterdir())
-            part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise ReportError(f"{folder} cannot be written: {error.strerror or error}.") from error
     return [folder / PAGE, *(folder / file for file in files if file != PAGE)]
@@ -102,9 +95,8 @@ def write_report(log: TrainingLog, folder: Path, track: Track = iter) -> list[Pa
 def facts(log: TrainingLog) -> list[tuple[str, str]]:
     """What the run was and what came out, as labels and values to print."""
     ratio = log.mask_ratio
+    finals = {"Final loss": "loss", "Final evaluation loss": "eval_loss"}
     numbers = {
-        "Final loss": (log.last("loss"), ".4g"),
-        "Final evaluation loss": (log.last("eval_loss"), ".4g"),
         "Kept fraction, mean": (log.mean(KEPT_FRACTION), ".2%"),
         "Gradient norm kept, mean": (log.mean(GRAD_NORM_KEPT), ".2%"),
     }
@@ -122,6 +114,11 @@ def facts(log: TrainingLog) -> list[tuple[str, str]]:
         ),
         "Optimizer steps": step,
         "Epochs": f"{log.epoch:.4g}" if log.epoch is not None else None,
+        **{
+            label: "NaN or infinite" if (value := log.last(key)) is None else f"{value:.4g}"
+            for label, key in finals.items()
+            if key in log.curves
+        },
         **{
             label: format(value, spec)
             for label, (value, spec) in numbers.items()

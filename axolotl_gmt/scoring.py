@@ -108,7 +108,7 @@ def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
 def _parse_problem(line: str, place: str) -> Problem:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ScoringError(f"{place}: not valid JSON ({error}).") from error
     turns = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):

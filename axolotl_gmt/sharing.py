@@ -31,10 +31,13 @@ _TOKENS = {
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
     "a URL with credentials": r"\b(?:https?|ftps?|postgres(?:ql)?|mysql|mongodb(?:\+srv)?|rediss?"
     r"|amqps?)://[^\s/@?#'\"]+@[^\s'\"]+",
-    "a signed URL": r"\bhttps?://[^\s'\"]+[?&](?i:token|access_token|key|api_key|sig|signature"
-    r"|x-amz-signature|x-goog-signature)=[^\s&'\"]+",
 }
 _TOKEN = re.compile("|".join(f"({pattern})" for pattern in _TOKENS.values()))
+_URL = re.compile(r"\bhttps?://[^\s'\"]+")
+_SIGNATURE = re.compile(
+    r"[?&](?:token|access_token|key|api_key|sig|signature|x-amz-signature|x-goog-signature)=[^&]",
+    re.IGNORECASE,
+)
 
 # A wandb key is 40 hexadecimal digits and so is a git commit, which pins a model or a data set.
 _HEX_40 = re.compile(r"[0-9a-f]{40}")
@@ -42,13 +45,19 @@ _COMMIT_KEY = re.compile(r"revision|commit|sha\b|hash")
 
 _SECRET_KEY = re.compile(
     r"(?:^|_)(?:api_?keys?|secret|secret_key|password|passwd|private_key|access_key(?:_id)?"
-    r"|(?:auth|access|hf|hub|huggingface|wandb|github|bearer|api)_token)$"
+    r"|(?:auth|access|session|hf|hub|huggingface|wandb|github|bearer|api)_token)$"
     r"|^(?:token|(?:wandb|hf|openai|anthropic|comet|mlflow|swanlab)_key)$"
 )
 # $WANDB_API_KEY, ${{ secrets.KEY }}, <your key>: what stands where a secret would.
 _PLACEHOLDER = re.compile(
-    r"\s*(?:\$|<|\{\{|your|xxx|\*|\.\.\.|(?:true|false|none)?\s*$)", re.IGNORECASE
+    r"\s*(?:\$\{?[A-Z_][A-Z0-9_]*\}?|\$?\{\{.*\}\}|<.*>|\*+|\.\.\."
+    r"|(?i:your(?:key|token|secret|password)?(?:[-_ ][a-z]+)*|(?:hf_|sk-)?x{3,}|true|false|none)?)"
+    r"\s*"
 )
+# In a comment, and in a value such as a command to run.
+_ASSIGNED = re.compile(r"(\w{1,80})\s{0,3}[:=]\s{0,3}[\"']?([^\s\"']{1,500})")
+_EXPORTED = re.compile(r"\b([A-Z][A-Z0-9_]{0,80})=[\"']?([^\s\"']{1,500})")
+_COMMENT = re.compile(r"(?:^|\s)#(.*)")
 
 _ABSOLUTE = re.compile(r"(?:file://)?/[\w.@+-]+/.*|~[\w.-]*/.*|[A-Za-z]:[\\/].*|\\\\\w.*")
 _SHORT_ABSOLUTE = re.compile(r"/[\w.@+-]+")
@@ -124,7 +133,7 @@ def _owner(hub_id: object) -> str | None:
 
 def _values(value: object, path: str = "", key: str = "") -> Iterator[tuple[str, str, str]]:
     """Key path, last key and text of each text and number in a config: datasets[0].path."""
-    if isinstance(value, str | int) and not isinstance(value, bool):
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
         yield path, key, str(value)
     elif isinstance(value, Mapping):
         for name, item in value.items():
@@ -135,23 +144,40 @@ def _values(value: object, path: str = "", key: str = "") -> Iterator[tuple[str,
 
 
 def _check_secret(found: Found, path: str, key: str, value: str) -> None:
-    token = _TOKEN.search(value)
-    if token:
+    tokens = list(_tokens(value))
+    if not tokens:
+        named = [(key, value), *_EXPORTED.findall(value)]
+        tokens = [token for name, text in named for token in _named_secret(name, text)]
+    for _, secret in tokens:
+        _hide(found, secret)
+    if tokens:
+        found.warnings.append(
+            f"{path}: *** looks like {tokens[0][0]}. Remove it, revoke it if anyone has seen the "
+            "file, and use an environment variable or the tool's own login instead."
+        )
+
+
+def _tokens(text: str) -> Iterator[tuple[str, str]]:
+    """Each secret that can be told by its own look, after what it is."""
+    for token in _TOKEN.finditer(text):
         kind = list(_TOKENS)[(token.lastindex or 1) - 1]
-        found.secrets.add(token.group())
-    elif _HEX_40.fullmatch(value.strip()) and not _COMMIT_KEY.search(key.lower()):
-        kind = "40 hexadecimal digits, as a wandb key has"
-        found.secrets.add(value.strip())
-    elif _SECRET_KEY.search(key.lower()) and not _PLACEHOLDER.match(value):
-        kind = "a secret, by the name of the key"
-        if len(value) > 5:  # A shorter one would blot out parts of other words.
-            found.secrets.add(value)
-    else:
-        return
-    found.warnings.append(
-        f"{path}: *** looks like {kind}. Remove it, revoke it if anyone has seen the file, and use "
-        "an environment variable or the tool's own login instead."
-    )
+        yield kind, text if kind == "a private key" else token.group()
+    for url in _URL.finditer(text):
+        if _SIGNATURE.search(url.group()):
+            yield "a signed URL", url.group()
+
+
+def _named_secret(key: str, value: str) -> Iterator[tuple[str, str]]:
+    """A secret that its key gives away, after what it is."""
+    if _HEX_40.fullmatch(value.strip()) and not _COMMIT_KEY.search(key.lower()):
+        yield "40 hexadecimal digits, as a wandb key has", value.strip()
+    elif _SECRET_KEY.search(key.lower()) and not _PLACEHOLDER.fullmatch(value):
+        yield "a secret, by the name of the key", value
+
+
+def _hide(found: Found, secret: str) -> None:
+    # A shorter one would blot out parts of other words.
+    found.secrets.update(part for part in (secret, *secret.splitlines()) if len(part) > 5)
 
 
 def _check_place(found: Found, path: str, key: str, value: str) -> None:
@@ -172,12 +198,14 @@ def _check_place(found: Found, path: str, key: str, value: str) -> None:
 
 
 def _check_comments(found: Found, text: str) -> None:
-    """Warn of tokens that are in the file, but in no value: in a comment or in a key."""
+    """Warn of secrets that are in the file, but in no value: in a comment or in a key."""
     for number, line in enumerate(text.splitlines(), start=1):
-        for token in _TOKEN.finditer(line):
-            if not any(token.group() in secret for secret in found.secrets):
-                kind = list(_TOKENS)[(token.lastindex or 1) - 1]
-                found.secrets.add(token.group())
+        comment = _COMMENT.search(line)
+        named = _ASSIGNED.findall(comment.group(1)) if comment else []
+        tokens = [*_tokens(line), *(token for pair in named for token in _named_secret(*pair))]
+        for kind, secret in tokens:
+            if not any(secret in known for known in found.secrets):
+                _hide(found, secret)
                 found.warnings.append(
                     f"line {number}: *** looks like {kind}. Remove it, and revoke it if anyone has "
                     "seen the file."

@@ -64,8 +64,8 @@ class Curve:
 
     @property
     def last(self) -> float | None:
-        """The last finite value."""
-        return float(self.finite[-1]) if self.finite.size else None
+        """The last value; None if it is NaN or infinite."""
+        return float(self.values[-1]) if np.isfinite(self.values[-1]) else None
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class TrainingLog:
         return self.curves[key].mean if key in self.curves else None
 
     def last(self, key: str) -> float | None:
-        """The last finite value of a logged quantity."""
+        """The last value of a logged quantity; None if it is NaN or infinite, or there is none."""
         return self.curves[key].last if key in self.curves else None
 
     def as_dict(self) -> dict[str, object]:
@@ -259,11 +259,13 @@ def parse_state(state: object, name: str) -> TrainingLog:
         raise LogError("there is no log_history, so it is not the state of a trainer.")
     entries = [entry for entry in history if isinstance(entry, Mapping)]
     curves = {key: curve for key in CURVES if (curve := _curve(entries, key)) is not None}
-    if not any(curve.finite.size for curve in curves.values()):
+    if not curves:
         raise LogError(
             "no training step was logged. Wait for the run's first log, or train with a smaller "
             "logging_steps."
         )
+    if not any(curve.finite.size for curve in curves.values()):
+        raise LogError("every value that was logged is NaN or infinite, so there is none to draw.")
     modules = {key: found for key in STATISTICS if (found := _modules(entries, key)) is not None}
     args, attributes = _record(state)
     optimizer = attributes.get("base_optimizer")

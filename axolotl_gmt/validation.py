@@ -6,8 +6,11 @@ Part of :mod:`axolotl_gmt.plugin`, apart from it because a training needs none o
 from __future__ import annotations
 
 import ast
+import difflib
+import importlib.util
 import logging
 import math
+import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +18,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
-from os.path import exists, isfile
+from os.path import exists, expanduser, isfile
 from unittest.mock import patch
 
 import torch
@@ -32,10 +35,25 @@ from axolotl.utils.logging import MultiProcessAdapter
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
-from axolotl_gmt.plugin import BARE_NAME, LONG_NAME, NAME, PREFIX, GMTPlugin, Switch, settle
+from axolotl_gmt.plugin import (
+    BARE_NAME,
+    LONG_NAME,
+    NAME,
+    PREFIX,
+    GMTPlugin,
+    Switch,
+    check_known_optimizer,
+    settle,
+)
 
 # Their code is Axolotl's or GMT's own.
 _TRUSTED = {BARE_NAME, NAME, LONG_NAME, *BUILTIN_PLUGINS}
+
+# Keys that end in `_size`, whose product is the least number of GPUs.
+_PARALLEL = ("tensor_parallel", "expert_parallel", "dp_shard", "dp_replicate")
+
+# What a path of this machine looks like, where a name on the hub could stand as well.
+_LOCAL = re.compile(r"(?!.*://)(?:\.{0,2}/.*|~.*|.*\.(?:jsonl?|parquet|csv|arrow|txt))")
 
 
 @dataclass
@@ -49,6 +67,7 @@ class Validation:
         switch: Whether GMT is on; None if its own keys are in error.
         errors: Why a run would not start, a line each.
         remarks: What Axolotl warns of, and what was not checked.
+        freezing: A plugin that freezes parameters, or may.
         known_keys: Top-level keys that Axolotl, GMT and listed integrations of Axolotl read.
         strangers: Plugins whose keys are not known, since they are not imported.
     """
@@ -58,6 +77,7 @@ class Validation:
     switch: Switch | None = None
     errors: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    freezing: str | None = None
     known_keys: set[str] = field(default_factory=set)
     strangers: list[str] = field(default_factory=list)
 
@@ -106,10 +126,23 @@ def validated(raw: Mapping[str, object], gpus: int | None = None) -> Validation:
             ]
         except Exception as error:  # Its validators raise errors, and warnings, of many kinds.
             found.errors.append(str(error) or type(error).__name__)
+        if found.switch and not found.strangers:  # A plugin can put another name in its place.
+            found.errors += _unknown_optimizer(found.config.get("optimizer"))
         if stumbled and not found.errors:
             found.errors.append(f"GMT's check ends in {type(stumbled).__name__}: {stumbled}")
     _note_what_was_not_checked(found)
     return found
+
+
+def _unknown_optimizer(optimizer: object) -> list[str]:
+    """An error, if Axolotl would stop over this name once the model and the data are loaded."""
+    if optimizer is None:
+        return []
+    try:
+        check_known_optimizer("optimizer", getattr(optimizer, "value", optimizer))
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def prepare_model(model: PreTrainedModel, cfg: DictDefault) -> torch.nn.Module:
@@ -138,9 +171,11 @@ def prepare_model(model: PreTrainedModel, cfg: DictDefault) -> torch.nn.Module:
             freeze_layers_except(prepared, cfg["unfrozen_parameters"])
         if cfg.get("freeze_mm_modules"):
             freeze_mm_modules(prepared)
-    if cfg.get("optimizer") in ("muon", "muon_8bit"):
+    # Axolotl's muon for one GPU steps no vectors; muon_8bit and the one for several do.
+    meshes = ("fsdp", "fsdp_config", "context_parallel_size", *(f"{k}_size" for k in _PARALLEL))
+    if cfg.get("optimizer") == "muon" and all(cfg.get(key) in (None, False, 1) for key in meshes):
         for parameter in prepared.parameters():
-            parameter.requires_grad &= parameter.ndim > 1  # Axolotl's muon steps no others.
+            parameter.requires_grad &= parameter.ndim > 1
     return prepared
 
 
@@ -165,18 +200,22 @@ def _misshapen(raw: Mapping[str, object]) -> list[str]:
     """Errors in what is read before Axolotl checks any type."""
     errors = []
     plugins, datasets, deepspeed = raw.get("plugins"), raw.get("datasets"), raw.get("deepspeed")
-    if plugins and not (isinstance(plugins, list) and all(isinstance(n, str) for n in plugins)):
+    if plugins and not (
+        isinstance(plugins, list) and all(isinstance(n, str) and n for n in plugins)
+    ):
         errors.append(f"plugins: {plugins!r} is not a list of names. Write plugins: [{BARE_NAME}].")
     if datasets and not (isinstance(datasets, list) and all(isinstance(d, dict) for d in datasets)):
         errors.append("datasets: is not a list of mappings. Write each one as '- path: ...'.")
     if isinstance(deepspeed, str) and exists(deepspeed) and not isfile(deepspeed):
         errors.append(f"deepspeed: {deepspeed!r} is not a file. Name a JSON file.")
+    for key in (f"{kind}_size" for kind in _PARALLEL):
+        if isinstance(size := raw.get(key), int) and size < 0:
+            errors.append(f"{key}: {size!r} is no number of GPUs. Set 1 or more, or remove it.")
     return errors
 
 
 def _fewest_gpus(cfg: DictDefault) -> int:
-    kinds = ("tensor_parallel", "expert_parallel", "dp_shard", "dp_replicate")
-    sizes = [cfg.get(f"{kind}_size") for kind in kinds]
+    sizes = [cfg.get(f"{kind}_size") for kind in _PARALLEL]
     block = cfg.get("context_parallel")
     sizes.append(
         cfg.get("context_parallel_size")
@@ -189,18 +228,31 @@ def _fewest_gpus(cfg: DictDefault) -> int:
 
 def _read_plugins(cfg: DictDefault, found: Validation) -> None:
     """Find out which keys listed plugins add, where their source tells without being run."""
-    shipped = resources.files("axolotl.integrations")
+    shipped = {
+        entry.name: entry
+        for entry in resources.files("axolotl.integrations").iterdir()
+        if entry.is_dir()
+    }
     listed = {normalize_plugin_name(name) for name in cfg.get("plugins") or []}
     for plugin in sorted({*listed, *get_builtin_plugins()} - _TRUSTED):
         integration = plugin.removeprefix("axolotl.integrations.").partition(".")[0]
-        if integration.isidentifier() and (shipped / integration).is_dir():
-            found.known_keys |= _keys_in_source(shipped / integration / "args.py")
+        package = plugin.partition(".")[0]
+        if integration in shipped:
+            found.known_keys |= _keys_in_source(shipped[integration] / "args.py")
+            if integration == "spectrum":
+                found.freezing = plugin
         elif plugin.startswith("axolotl.integrations."):
             found.errors.append(
                 f"plugins: {plugin!r} is not in the Axolotl that is installed here."
             )
+        elif package == BARE_NAME or (
+            difflib.get_close_matches(package, [BARE_NAME], cutoff=0.8)
+            and not importlib.util.find_spec(package)
+        ):
+            found.errors.append(f"plugins: there is no {plugin!r}. Did you mean {BARE_NAME}?")
         else:
             found.strangers.append(plugin)
+            found.freezing = plugin
     if listed - _TRUSTED:
         found.remarks.append(
             f"plugins: {', '.join(sorted(listed - _TRUSTED))}: not imported, so what they check "
@@ -327,9 +379,14 @@ def _wrong_types(schema: type[BaseModel], raw: Mapping[str, object]) -> list[str
         key = setting.alias or name
         if raw.get(key) is not None:
             try:
-                TypeAdapter(setting.annotation).validate_python(raw[key])
+                value: object = TypeAdapter(setting.annotation).validate_python(raw[key])
             except ValidationError as error:
                 lines.append(f"{key}: {_shown(raw[key])} is not valid: {error.errors()[0]['msg']}.")
+            except Exception:  # It is over this value, then, that Axolotl's validators stumble.
+                lines.append(f"{key}: {_shown(raw[key])} is not valid.")
+            else:  # Which a validator that runs before this conversion cannot know.
+                if isinstance(raw[key], str) and isinstance(value, int | float):
+                    lines.append(f"{key}: {raw[key]!r} is text. Write {value!r}, without quotes.")
         elif setting.is_required():
             lines.append(f"{key}: is not set, but required.")
     return lines
@@ -337,6 +394,12 @@ def _wrong_types(schema: type[BaseModel], raw: Mapping[str, object]) -> list[str
 
 def _note_what_was_not_checked(found: Validation) -> None:
     attention, deepspeed = (found.config.get(k) for k in ("attn_implementation", "deepspeed"))
+    missing = [f"{key}: {path}" for key, path in _inputs(found.config) if not exists(path)]
+    if missing:
+        found.remarks.append(
+            f"{', '.join(missing)}: not here. Paths are relative to the folder in which axolotl is "
+            "run; the training needs them."
+        )
     if isinstance(attention, str) and attention.startswith("flash_attention"):
         found.remarks.append(
             f"attn_implementation: {attention} was not looked for; it must be where the training "
@@ -348,3 +411,16 @@ def _note_what_was_not_checked(found: Validation) -> None:
             "relative to the folder in which axolotl is run; `axolotl fetch deepspeed_configs` "
             "gets those of Axolotl."
         )
+
+
+def _inputs(cfg: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Key path and path of the local files and folders that a config reads."""
+    named = {key: cfg.get(key) for key in ("base_model", "tokenizer_config", "lora_model_dir")}
+    for key in ("datasets", "test_datasets", "pretraining_dataset"):
+        entries = cfg.get(key)
+        for index, entry in enumerate(entries if isinstance(entries, list) else []):
+            if isinstance(entry, Mapping):
+                named[f"{key}[{index}].path"] = entry.get("path")
+    for key, value in named.items():
+        if isinstance(value, str) and _LOCAL.fullmatch(value):
+            yield key, expanduser(value)

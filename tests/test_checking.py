@@ -10,6 +10,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -723,3 +724,142 @@ def test_no_socket_is_opened_to_count_a_model(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     for model in (os.path.relpath(toy_model), "somebody/some-model"):
         assert report(tmp_path, base_model=model, trust_remote_code=True).ok
+
+
+# Names that do not exist, and files that are not here
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_trch_fused", "GMT"])
+def test_an_optimizer_that_axolotl_cannot_make_is_an_error(optimizer: str, tmp_path: Path) -> None:
+    (error,) = report(tmp_path, optimizer=optimizer).errors
+    nearest = "gmt" if optimizer == "GMT" else "adamw_torch_fused"
+    assert error.startswith(f"optimizer: {optimizer!r} is no optimizer that Axolotl knows")
+    assert f"The nearest are {nearest}" in error
+    # A plugin that is not imported may put another name in its place.
+    assert not report(tmp_path, optimizer=optimizer, plugins=["axolotl_gmt", "my.Plugin"]).errors
+
+
+@pytest.mark.parametrize("name", ["axolotl-gmt", "axolotl_gtm", "axolotl_gmt.Plugin"])
+def test_a_misspelt_gmt_is_an_error(name: str, tmp_path: Path) -> None:
+    found = report(tmp_path, plugins=[name])
+    assert found.errors == [f"plugins: there is no {name!r}. Did you mean axolotl_gmt?"]
+
+
+def test_files_that_are_not_here_are_remarked_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.jsonl").touch()
+    kind = {"type": "chat_template"}
+    data = [
+        {"path": "./here.jsonl", **kind},
+        {"path": "gone.jsonl", "ds_type": "json", **kind},
+        {"path": "s3://bucket/data.jsonl", **kind},
+        {"path": "somebody/data", **kind},
+    ]
+    remarks = report(tmp_path, base_model="./gone", datasets=data).remarks
+    missing = [line for line in remarks if "not here" in line]
+    assert len(missing) == 1
+    assert missing[0].startswith("base_model: ./gone, datasets[1].path: gone.jsonl: not here.")
+
+
+def test_what_decides_what_is_trained_is_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny().save_pretrained("model")
+    spectrum = "axolotl.integrations.spectrum.SpectrumPlugin"
+    for plugin in (spectrum, "my.Plugin"):
+        plan = report(tmp_path, base_model="./model", plugins=["axolotl_gmt", plugin]).gmt
+        assert plan is not None
+        assert plan.mask is None
+        assert plan.not_counted == f"{plugin} may decide what is trained"
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"tensor_parallel_size": "2"}, "tensor_parallel_size: '2' is text. Write 2, without"),
+        ({"tensor_parallel_size": -3}, "tensor_parallel_size: -3 is no number of GPUs."),
+        ({"plugins": [""]}, "plugins: [''] is not a list of names."),
+        ({"gmt_mask_ratio": 1 << 2000}, "has a number of more than 100 digits in line"),
+        ({"plugins": ["axolotl.integrations." + "a" * 400]}, "plugins: 'axolotl.integrations.aaa"),
+    ],
+)
+def test_bad_values_are_named(changes: dict[str, Any], error: str, tmp_path: Path) -> None:
+    assert report(tmp_path, **changes).errors[0].startswith(error)
+
+
+@pytest.mark.parametrize("optimizer", ["2024-01-01", "!!set {a, b}", ".nan", ".inf", "[1]"])
+def test_json_is_json_whatever_the_optimizer_is(optimizer: str, tmp_path: Path) -> None:
+    file = write(tmp_path)
+    file.write_text(file.read_text().replace("adamw_torch", optimizer))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    result = run(file, "--json")
+    json.loads(result.stdout.splitlines()[-1], parse_constant=refuse)
+
+
+def test_the_plan_hides_secrets_and_escapes_too(tmp_path: Path) -> None:
+    escape = "\x1b]0;x\x07"
+    found = report(tmp_path, gmt_include=[HF_TOKEN, f".*{escape}", "."])
+    assert any("Hugging Face token" in line for line in found.warnings)
+    assert HF_TOKEN not in json.dumps(found.as_dict())
+    assert escape not in run(tmp_path / "config.yml").stdout
+
+
+@pytest.mark.parametrize(
+    ("comment", "is_secret"),
+    [
+        (f"# wandb_api_key: {WANDB_KEY}", True),
+        ("# hub_token: my-secret-value-123", True),
+        ("learning_rate_note: 1 # see below", False),
+        ("# wandb_api_key: $WANDB_API_KEY", False),
+        (f"# revision: {WANDB_KEY}", False),
+    ],
+)
+def test_secrets_in_comments_are_found(comment: str, is_secret: bool, tmp_path: Path) -> None:
+    file = write(tmp_path)
+    file.write_text(f"{file.read_text()}{comment}\n")
+    warnings = [line for line in checking.check(file).warnings if "looks like" in line]
+    assert len(warnings) == is_secret
+    assert all(line.startswith("line ") for line in warnings)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "is_secret"),
+    [
+        ("wandb_name", f"export WANDB_API_KEY={WANDB_KEY}", True),
+        ("password", "$up3rS3cret!", True),
+        ("wandb_api_key", "yourdog99x12", True),
+        ("aws_session_token", "abcdefghijkl", True),
+        ("s3_password", 1234567.25, True),
+        ("wandb_api_key", "$WANDB_API_KEY", False),
+        ("wandb_api_key", "${{ secrets.WANDB }}", False),
+        ("wandb_api_key", "<your key>", False),
+        ("wandb_api_key", "your-api-key-here", False),
+        ("wandb_api_key", "xxxx", False),
+    ],
+)
+def test_secrets_and_placeholders_are_told_apart(
+    key: str, value: object, is_secret: bool, tmp_path: Path
+) -> None:
+    found = report(tmp_path, **{key: value})
+    assert any("looks like" in line for line in found.warnings) == is_secret
+    assert (str(value) in json.dumps(found.as_dict())) <= (not is_secret)
+
+
+def test_no_line_of_a_private_key_is_shown(tmp_path: Path) -> None:
+    body = "MIIEvQIBADANBgkqhkiG9w0BAQ"
+    key = f"-----BEGIN PRIVATE KEY-----\n{body}\n-----END PRIVATE KEY-----\n"
+    found = report(tmp_path, gmt_mask_ratio=key)
+    assert found.errors
+    assert body not in json.dumps(found.as_dict())
+
+
+def test_a_long_value_takes_no_long_time(tmp_path: Path) -> None:
+    start = time.process_time()
+    report(tmp_path, wandb_name="https://" * 100_000, wandb_notes="A=" * 100_000)
+    assert time.process_time() - start < 30

@@ -427,6 +427,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "alpha": (lambda path: fake_adapter(path, lora_alpha="big"), "lora_alpha: .*valid number"),
     "pattern": (lambda path: fake_adapter(path, alpha_pattern={"(": 1}), "alpha_pattern"),
+    "flag": (lambda path: fake_adapter(path, alpha_pattern={"(?i)x": 1}), "alpha_pattern"),
     "magnitudes": (
         lambda path: fake_adapter(path, {f"{Q_PROJ}.lora_magnitude_vector": torch.ones(6)}),
         "lora_magnitude_vector is not part of plain LoRA",
@@ -549,7 +550,7 @@ def test_the_picture_is_written_once_and_never_over_another(
     assert file.read_bytes() == before
     nowhere = run(*pair, "--png", tmp_path / "no" / "a.png")
     assert nowhere.exit_code == 1
-    assert "is not a folder" in nowhere.stderr
+    assert "a.png cannot be written: No such file or directory" in nowhere.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "changes.png", "tuned"]
 
 
@@ -579,8 +580,37 @@ def test_a_model_without_layers_has_a_table_but_no_picture(tmp_path: Path) -> No
     )
     result = run(base, after, "--png", tmp_path / "c.png")
     assert result.exit_code == 1
-    assert "no numbered layers" in result.stderr
+    assert "no heat map to draw" in result.stderr
     assert "100.00%" in result.stdout
+
+
+def test_checkpoints_without_a_common_shape_are_an_error(tmp_path: Path) -> None:
+    base = save(tmp_path / "a", {"model.layers.0.w.weight": torch.ones(2, 3)})
+    tuned = save(tmp_path / "b", {"model.layers.0.w.weight": torch.ones(3, 2)})
+    result = run(base, tuned)
+    assert result.exit_code == 1
+    assert "No tensor has the same shape" in result.stderr
+    assert "model.layers.0.w.weight is [2, 3] and [3, 2]" in result.stderr
+
+
+def test_norms_beyond_float64_are_no_numbers_in_json(tmp_path: Path) -> None:
+    base = save(tmp_path / "a", {"w": torch.full((4,), 1e200, dtype=torch.float64)})
+    tuned = save(tmp_path / "b", {"w": torch.full((4,), 2e200, dtype=torch.float64)})
+    result = run(base, tuned, "--json")
+    total = json.loads(result.stdout)["total"]
+    assert (total["changed"], total["change_norm"], total["relative_change_norm"]) == (
+        4,
+        None,
+        None,
+    )
+
+
+def test_a_layer_number_beyond_belief_is_just_a_name(tmp_path: Path) -> None:
+    name = f"model.layers.{'9' * 5000}.mlp.weight"
+    paths = [
+        save(tmp_path / x, {name: torch.full((2,), float(i))}) for i, x in enumerate("ab", start=1)
+    ]
+    assert run(*paths).exit_code == 0
 
 
 # Memory.

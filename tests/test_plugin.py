@@ -224,14 +224,20 @@ def test_zero_is_welcome(stage: int) -> None:
             {"adapter": "lora", "tensor_parallel_size": 2},
             r"tensor_parallel_size: 2 with adapter.*Remove",
         ),
+        (
+            {"base": "polora", "adapter": "lora", "fsdp_config": {"reshard_after_forward": True}},
+            r"polora.*gathers itself.*Remove fsdp_config",
+        ),
     ],
 )
 def test_other_set_ups_that_cannot_be_exact_are_refused(
     settings: dict[str, Any], message: str
 ) -> None:
+    settings = dict(settings)
+    base = settings.pop("base", "sgd")
     with pytest.raises(ValueError, match=message):
-        prepared(optimizer="gmt", **settings)
-    assert prepared(optimizer="sgd", **settings)["optimizer"] == "sgd"
+        prepared(optimizer="gmt", gmt_base_optimizer=base, **settings)
+    assert prepared(optimizer=base, **settings)["optimizer"] == base
 
 
 @pytest.mark.parametrize(
@@ -266,7 +272,10 @@ def test_keys_on_the_command_line_are_refused_not_dropped(
     monkeypatch.setattr("sys.argv", ["axolotl", "train", "sft.yml", option, "0.7"])
     with pytest.raises(ValueError, match=r"^--gmt.mask.ratio.*Write gmt_mask_ratio: .*YAML file"):
         prepared(optimizer="gmt")
-    assert prepared(optimizer="sgd") == {"optimizer": "sgd"}  # Another program's option, then.
+    with pytest.raises(ValueError, match=r"^--gmt.mask.ratio"):
+        prepared(optimizer="sgd")  # Else it would be dropped, and GMT would be off.
+    monkeypatch.setattr("sys.argv", ["another-program", option, "0.7"])
+    assert prepared(optimizer="sgd") == {"optimizer": "sgd"}
 
 
 def test_the_keys_survive_the_trip_to_a_ray_worker(sft_yaml: dict[str, Any]) -> None:

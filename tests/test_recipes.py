@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import tomllib
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from rich.console import Console
 
-from axolotl_gmt import cli, recipes
+from axolotl_gmt import recipes
 from axolotl_gmt.cli import gmt
 from axolotl_gmt.recipes import HEAD, RecipeError
 from tests.conftest import RunAxolotl
@@ -323,16 +321,11 @@ def test_lm_eval_understands_the_commands_in_the_comments(
         assert parsed.model_args["pretrained"] == BODIES[name]["output_dir"]
 
 
-def test_the_list_names_every_recipe_its_model_method_and_hardware(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(cli, "Console", partial(Console, width=200))
-    result = CliRunner().invoke(gmt, ["recipes"])
-    assert result.exit_code == 0
-    for recipe in RECIPES.values():
-        (row,) = [line for line in result.stdout.splitlines() if f"│ {recipe.name} " in line]
-        for cell in (recipe.title, recipe.model, recipe.method, recipe.hardware):
-            assert f"│ {cell} " in row
+@pytest.mark.parametrize("columns", ["30", "200"])
+def test_the_list_names_every_recipe_its_model_method_and_hardware(columns: str) -> None:
+    listed = CliRunner().invoke(gmt, ["recipes"], env={"COLUMNS": columns}).stdout
+    lines = [re.split(r"  +", line.strip()) for line in listed.splitlines()[1:]]
+    assert lines == [[r.name, r.model, r.method, r.hardware] for r in RECIPES.values()]
 
 
 def test_the_list_as_json_is_the_last_line() -> None:
@@ -366,8 +359,22 @@ def test_a_recipe_is_printed_or_written_as_it_is(tmp_path: Path, ending: str) ->
     result = CliRunner().invoke(gmt, ["recipe", recipe.name + ending, "-o", str(file)])
     assert result.exit_code == 0
     assert (result.stdout, result.stderr) == ("", f"Wrote {file}\n")
-    assert file.read_text(encoding="utf-8") == recipe.text
+    # Its commands name the file that they are about; no path of this machine gets in.
+    text = file.read_text(encoding="utf-8")
+    assert text == recipe.text.replace("math-qwen3-0.6b.yml", "mine.yml") != recipe.text
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_recipe_in_a_folder_has_its_path_in_its_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("configs").mkdir()
+    CliRunner().invoke(gmt, ["recipe", "math-qwen3-0.6b", "-o", "configs/mine.yml"])
+    (command,) = (
+        line for line in Path("configs/mine.yml").read_text().splitlines() if "command: " in line
+    )
+    assert command.endswith("axolotl train configs/mine.yml")
 
 
 @pytest.mark.parametrize(

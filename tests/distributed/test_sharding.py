@@ -49,7 +49,12 @@ def torchrun(processes: int, module: str, *arguments: str) -> subprocess.Complet
     return subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONFAULTHANDLER": "1",  # Says where a rank was that a signal ended.
+        },
         capture_output=True,
         text=True,
         timeout=400,
@@ -63,7 +68,7 @@ def torchrun(processes: int, module: str, *arguments: str) -> subprocess.Complet
 )
 def test_every_mask_is_that_of_one_process(processes: int, case: str) -> None:
     result = torchrun(processes, "tests.distributed.worker", case)
-    assert result.returncode == 0, result.stderr[-6000:]
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     assert f"ok {case} gradient" in result.stdout
 
 
@@ -85,7 +90,7 @@ def test_criteria_choose_the_mask_of_one_process(processes: int, case: str) -> N
     # Shapes that are drawn need not have matrices in layers, which `half` is about.
     names = ["random", "gradient_weight", "half"][: 2 if case == "random_shardings" else 3]
     result = torchrun(processes, "tests.distributed.worker", case, *names)
-    assert result.returncode == 0, result.stderr[-6000:]
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     for name in names:
         assert f"ok {case} {name}" in result.stdout
 
@@ -116,7 +121,7 @@ def test_one_sgd_step_of_axolotl_in_two_ddp_processes(
     file.write_text(yaml.safe_dump(settings))
     module = "tests.distributed.axolotl_on_cpu"
     result = torchrun(2, module, str(file), "--record", str(record))
-    assert result.returncode == 0, result.stderr[-6000:]
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     before = load_file(toy_model / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
     gradients = torch.load(record)
