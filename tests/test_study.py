@@ -77,7 +77,7 @@ SIZE = Size(
     replies=2,
     max_new_tokens=4,
     prose_tokens=512,
-    bf16=False,
+    tf32=False,
     logging_steps=1,
     jobs=2,
 )
@@ -342,6 +342,27 @@ def test_a_failed_cell_is_in_the_rows_and_the_others_go_on(tmp_path: Path) -> No
     assert tables.settings_of(rows, "sft")["gmt 0.5"].spread("test_loss").values == (1e4, 1e4)
 
 
+@pytest.mark.usefixtures("pretend_models")
+def test_a_method_of_which_a_tuning_cell_failed_is_not_chosen(tmp_path: Path) -> None:
+    study = Study(SIZE, tmp_path, tmp_path / "out", lambda _: None)
+    study.run(PretendRunner(study, breaks="sft-gmt0.5-lr0.001-seed0"))
+    settings = tables.settings_of(study.rows(), "sft")
+    assert settings["gmt 0.5"].learning_rate is None
+    assert not settings["gmt 0.5"].final
+    assert settings["full"].final
+
+
+def test_cells_of_other_versions_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = Study(SIZE, tmp_path, tmp_path, lambda _: None)
+    command._check_versions(study)
+    command._check_versions(study)
+    monkeypatch.setattr(command, "_versions", lambda: {"torch": "0.1"})
+    with pytest.raises(DataError, match=r"torch .*, now 0\.1.*Name another --out"):
+        command._check_versions(study)
+
+
 # Processes
 
 
@@ -521,7 +542,7 @@ def test_a_table_s_figures_are_mean_and_sample_deviation_over_seeds() -> None:
     assert found["answer loss"] == "1.500 ± 0.707"
     assert found["answers right"] == "50.0% ± 0.0%"
     assert found["learning rate"] == "0.1"
-    assert found["CPU time, full = 1"] == "1.00 ± 0.10"  # All three cells, chosen or not.
+    assert found["CPU time, full = 1"] == "1.00 ± 0.14"  # Of the chosen cells.
     assert tables.markdown([heading, line]).count("\n") == 3
 
 
@@ -544,6 +565,9 @@ def test_differences_from_full_fine_tuning_are_taken_seed_by_seed() -> None:
     found = settings["gmt 0.5"].difference("test_loss", settings["full"])
     assert sorted(found.values) == pytest.approx([0.0, 0.1, 0.5])
     assert found.text("+.3f") == "+0.200 ± 0.265"
+    # 4.303 is the quantile of Student's t for three values: 4.303 * 0.26458 / sqrt(3) = 0.657.
+    assert found.interval("+.3f") == "+0.200 [-0.457, +0.857]"
+    assert tables.Spread((1.0,)).interval(".1f") == "1.0 [nan, nan]"
     assert settings["base"].difference("test_loss", settings["full"]).text("+.3f") == "-"
 
 
@@ -606,5 +630,8 @@ def test_a_small_study_trains_and_judges_with_axolotl(
     assert 0.3 < cast(float, rows[3]["kept_fraction"]) < 0.55
     plain = yaml.safe_load(study.folder(Cell("sft", FULL, 1e-3, 0)).recipe.read_text())
     assert "plugins" not in plain
+    # No cell can find the tokens of another one's data.
+    assert not list((tmp_path / "out").rglob("prepared"))
+    assert plain["dataset_prepared_path"].endswith("/prepared")
     command.write_report(study)
     assert "| full | 0.001 |" in (study.out / "study.md").read_text()

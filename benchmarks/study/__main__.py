@@ -85,6 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         runner = _runner(options.jobs or size.jobs, on_end)
         try:
             study.prepare(progress.console.print)
+            _check_versions(study)
             study.run(runner)
         except (DataError, QuickstartError) as error:
             progress.console.print(f"Error: {error}")
@@ -100,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write_report(study: Study) -> None:
     """Write ``study.csv``, ``study.md``, ``study.json`` and the pictures, and print the tables."""
-    from benchmarks.measuring import machine, versions
+    from benchmarks.measuring import machine
     from benchmarks.study.plots import draw
 
     rows = study.rows()
@@ -115,12 +116,39 @@ def write_report(study: Study) -> None:
         "size": asdict(study.size),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
-        "versions": versions() | {name: version(name) for name in _PACKAGES},
+        "versions": _versions(),
     }
     write_text(study.out / "study.json", json.dumps(facts, indent=1) + "\n")
     draw(rows, study.out)
     print(text, end="")
     _REMARKS.print(f"Tables, cells and pictures are in {study.out}")
+
+
+def _versions() -> dict[str, str]:
+    from benchmarks.measuring import versions
+
+    return versions() | {name: version(name) for name in _PACKAGES}
+
+
+def _check_versions(study: Study) -> None:
+    """Keep cells of other versions apart: a table must not mix them.
+
+    Raises:
+        DataError: If the folder has cells of others.
+    """
+    file, found = study.out / "versions.json", _versions()
+    if not file.is_file():
+        write_text(file, json.dumps(found, indent=1) + "\n")
+    before = json.loads(file.read_text(encoding="utf-8"))
+    changed = [
+        f"{name} {before.get(name)}, now {found[name]}"
+        for name in found
+        if found[name] != before.get(name)
+    ]
+    if changed:
+        raise DataError(
+            f"{study.out} has cells that were made with {'; '.join(changed)}. Name another --out."
+        )
 
 
 def _runner(jobs: int, on_end: Callable[[Job, float, bool], None]) -> Runner:

@@ -87,6 +87,14 @@ class CellFolder:
         return self.path / "model"
 
     @property
+    def prepared(self) -> Path:
+        """The tokens that Axolotl makes of the data.
+
+        Each cell makes its own: Axolotl finds those of other data again if the paths are the same.
+        """
+        return self.path / "prepared"
+
+    @property
     def state(self) -> Path:
         """The trainer's log, step by step."""
         return self.path / "trainer_state.json"
@@ -231,9 +239,11 @@ def _train(folder: CellFolder) -> Result:
     """Train the cell's YAML as ``axolotl train`` does, and leave an ordinary model folder."""
     from axolotl.cli.train import do_cli
 
-    shutil.rmtree(folder.model, ignore_errors=True)  # What an interrupted run left.
+    for left_behind in (folder.model, folder.prepared):  # By a run that was interrupted.
+        shutil.rmtree(left_behind, ignore_errors=True)
     result = _watch_training(folder.state)
     do_cli(str(folder.recipe))
+    shutil.rmtree(folder.prepared)
     gc.collect()
     if (folder.model / "adapter_config.json").is_file():
         _merge_adapter(folder.model)
@@ -242,17 +252,27 @@ def _train(folder: CellFolder) -> Result:
 
 def _watch_training(state: Path) -> Result:
     """Have the trainer clock itself and save its log; returns what it will have found."""
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 
     original = cast(Callable[..., Any], Trainer.train)
     result: Result = {}
 
+    class Clock(TrainerCallback):
+        """Clocks the steps: GMT's report at the end is no part of what a step costs."""
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self._start = time.perf_counter(), time.process_time()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            wall, cpu = self._start
+            result["train_seconds"] = time.perf_counter() - wall
+            # All threads of this process: unlike the time on the wall, not longer on a busy
+            # machine.
+            result["train_cpu_seconds"] = time.process_time() - cpu
+
     def train(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
-        wall, cpu = time.perf_counter(), time.process_time()
+        trainer.add_callback(Clock())
         output = original(trainer, *args, **kwargs)
-        result["train_seconds"] = time.perf_counter() - wall
-        # All threads of this process: unlike the time on the wall, not longer on a busy machine.
-        result["train_cpu_seconds"] = time.process_time() - cpu
         result["steps"] = trainer.state.global_step
         trainer.state.save_to_json(str(state))
         return output
@@ -267,7 +287,7 @@ def _merge_adapter(folder: Path) -> None:
     from transformers import AutoTokenizer
 
     merged = folder.with_name("merged")
-    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto").merge_and_unload()
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype="float32").merge_and_unload()
     model.save_pretrained(merged)
     AutoTokenizer.from_pretrained(folder).save_pretrained(merged)
     shutil.rmtree(folder)

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from axolotl_gmt.files import whole
 from benchmarks.study.tables import Row, Setting, Spread, numbers, read_csv, settings_of
 
 # Okabe and Ito's colours, which also differ for colour-blind readers.
@@ -61,9 +62,8 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     files = []
     for name, figure in figures.items():
         file = folder / f"study-{name}.png"
-        part = file.with_name(f".{file.name}.part")
-        figure.savefig(part, dpi=130, format="png")
-        part.rename(file)
+        with whole(file) as part:
+            figure.savefig(part, dpi=130)
         files.append(file)
         plt.close(figure)
     return files
@@ -165,11 +165,12 @@ def draw_forgetting(settings: Mapping[str, Setting]) -> Figure:
             continue
         name = setting.method.name
         losses, prose = setting.spread("test_loss"), setting.spread("prose_loss")
+        strength = 0.35 + 0.65 * (setting.method.ratio or 1.0)
         axes.scatter(
             losses.values,
             prose.values,
             s=22,
-            alpha=0.45,
+            alpha=0.6 * strength,
             color=COLOURS[name],
             marker=MARKERS[name],
             lw=0,
@@ -180,7 +181,7 @@ def draw_forgetting(settings: Mapping[str, Setting]) -> Figure:
             s=70,
             color=COLOURS[name],
             marker=MARKERS[name],
-            alpha=0.35 + 0.65 * (setting.method.ratio or 1.0),
+            alpha=strength,
             edgecolor="white",
             label=_named(setting),
         )
@@ -240,13 +241,15 @@ def _draw_tuned(axes: Axes, setting: Setting) -> None:
     if not points:
         return
     name = setting.method.name
-    styles = {0.1: ":", 0.5: "-", 0.9: "--", None: "-"}
+    ratio = setting.method.ratio
+    # The more is masked, the shorter the dashes.
+    dashes = "-" if ratio is None else (0, (1 + 9 * (1 - ratio), 1.5))
     axes.plot(
         *zip(*points, strict=True),
         color=COLOURS[name],
         marker=MARKERS[name],
         ms=5,
-        ls=styles.get(setting.method.ratio, "-"),
+        ls=dashes,
         label=_named(setting),
     )
     best = min(points, key=lambda point: point[1])
@@ -281,7 +284,9 @@ def draw_dpo(settings: Mapping[str, Setting]) -> Figure:
         "test_accuracy": "Held-out preferences right",
         "test_loss": "DPO loss on held-out pairs, nats",
     }
-    chance = {"test_accuracy": 0.5, "test_loss": 0.6931472}
+    # Before DPO every margin is 0, so no pair is right.
+    untrained = {"test_accuracy": 0.5, "test_loss": 0.6931472}
+    names = {"test_accuracy": "coin flips", "test_loss": "before DPO"}
     found = [setting for setting in settings.values() if setting.final]
     for panel, (column, title) in zip(axes, titles.items(), strict=True):
         for place, setting in enumerate(found):
@@ -297,7 +302,7 @@ def draw_dpo(settings: Mapping[str, Setting]) -> Figure:
             )
             heights = [place + 0.22] * len(spread.values)
             panel.scatter(spread.values, heights, color=colour, s=16, alpha=0.6, lw=0)
-        panel.axvline(chance[column], color="#999999", ls=":", label="before DPO")
+        panel.axvline(untrained[column], color="#999999", ls=":", label=names[column])
         panel.set_yticks(range(len(found)), [_named(setting) for setting in found])
         panel.set_ylim(len(found) - 0.5, -0.5)
         panel.set_xlabel(title)

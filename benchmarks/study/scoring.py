@@ -35,7 +35,7 @@ class Scorer:
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: PreTrainedModel = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
         )
 
     def answers(self, chats: Sequence[Sequence[Turn]]) -> list[tuple[float, int]]:

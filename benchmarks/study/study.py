@@ -136,7 +136,7 @@ class Study:
             "base_model": str(base),
             **grid.settings(cell, self.size),
             "datasets": [{"path": str(train), "ds_type": "json", "type": kind, **fields}],
-            "dataset_prepared_path": str(self.out / "prepared"),
+            "dataset_prepared_path": str(self.folder(cell).prepared),
             "output_dir": str(self.folder(cell).model),
         }
 
@@ -184,7 +184,11 @@ class Study:
         """Tune each method, then train the chosen cells with the other seeds, and judge them."""
         tuning = grid.tuning_cells(task, self.size.seeds[0])
         runner.run([*first, *self._jobs(dict.fromkeys(tuning, _TRAIN), test=False)])
-        self._best[task.name] = grid.choose(self._validation_losses(tuning))
+        losses = self._validation_losses(tuning)
+        # A method of which a cell failed was not tuned like the others.
+        broken = {cell.method for cell in tuning if cell not in losses}
+        whole = {cell: loss for cell, loss in losses.items() if cell.method not in broken}
+        self._best[task.name] = grid.choose(whole)
         final = self.final_cells(task)
         planned = {cell: _TEST if cell in tuning else _TRAIN + _TEST for cell in final}
         runner.run(self._jobs(planned, test=True))

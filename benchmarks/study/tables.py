@@ -87,6 +87,21 @@ class Spread:
         """With n - 1 in the denominator; 0 if there are fewer than two values."""
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
+    @property
+    def half_width(self) -> float:
+        """Of the 95 % confidence interval of the mean, by Student's t; NaN of fewer than two."""
+        from scipy.special import stdtrit
+
+        n = len(self.values)
+        return float(stdtrit(n - 1, 0.975)) * self.deviation / n**0.5 if n > 1 else float("nan")
+
+    def interval(self, form: str) -> str:
+        """Such as ``-0.0016 [-0.0101, +0.0069]``, mean and 95 % interval; a dash for no value."""
+        if not self.values:
+            return "-"
+        low, high = self.mean - self.half_width, self.mean + self.half_width
+        return f"{self.mean:{form}} [{low:{form}}, {high:{form}}]"
+
     def text(self, form: str) -> str:
         """Such as ``1.234 ± 0.005``; a dash if there is no value."""
         if not self.values:
@@ -126,9 +141,9 @@ class Setting:
         return Spread(tuple(value - other for value, other in pairs))
 
     def cost(self, column: str, plain: Setting) -> Spread:
-        """Seconds of training over the mean of plain fine-tuning's, over all cells."""
-        base = Spread(numbers(plain.rows, column)).mean
-        return Spread(tuple(value / base for value in numbers(self.rows, column)))
+        """Seconds of training over the mean of plain fine-tuning's, of the final cells."""
+        base = plain.spread(column).mean
+        return Spread(tuple(value / base for value in self.spread(column).values))
 
 
 def numbers(rows: Iterable[Row], column: str) -> tuple[float, ...]:
@@ -162,7 +177,7 @@ def _columns(task: str, plain: Setting) -> list[Column]:
         return lambda setting: setting.cost(column, plain).text(".2f")
 
     def difference(setting: Setting) -> str:
-        return "-" if setting is plain else setting.difference("test_loss", plain).text("+.4f")
+        return "-" if setting is plain else setting.difference("test_loss", plain).interval("+.4f")
 
     loss = "answer loss" if task == "sft" else "DPO loss"
     accuracy = "answers right" if task == "sft" else "preferences right"
