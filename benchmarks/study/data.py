@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from axolotl_gmt.files import whole
+
 Turn = dict[str, str]
 Row = dict[str, object]
 CountTokens = Callable[[str, str], int]
@@ -194,9 +196,8 @@ def write_jsonl(file: Path, rows: Iterable[Row]) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.rename(file)
+    with whole(file) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def digest(files: Sequence[Path]) -> str:
