@@ -19,7 +19,8 @@ With a mask ratio of 0 nothing is masked and no criterion is asked. Else, of n e
 k = max(1, n - round(mask_ratio * n)) with the largest scores survive, and those that tie with the
 k-th. Scores are a flat float32 tensor, one for each local entry in the order of
 ``entries.gradient``, on its device, non-negative and not NaN. An entry whose gradient is NaN or
-infinite survives whatever its score is.
+infinite survives whatever its score is. (The built-in functions return one of
+:mod:`axolotl_gmt.scores` instead, which tells the passes how to make a score where they need it.)
 
 What is promised about sharding: under FSDP2, tensor parallel and ZeRO a function sees the entries
 that live in its process, and ``gradient``, ``weight`` and ``positions`` line up. Thresholds are
@@ -75,6 +76,7 @@ from torch import Tensor
 
 from axolotl_gmt.names import layer_name, place
 from axolotl_gmt.passes import chunk_size
+from axolotl_gmt.scores import Given, Hashes, Products, Scores, uniform
 
 ENTRY_POINT_GROUP = "axolotl_gmt"
 
@@ -108,6 +110,8 @@ class Entries:
             ``stop``, the index of each in the whole, flattened parameter: int64
             ``(stop - start,)`` on the gradient's device. It does not depend on how the parameter
             is sharded.
+        first_position: The first of these positions where each next one is one more, as in one
+            process, under FSDP2's sharding by rows and under ZeRO; else None.
     """
 
     name: str
@@ -115,6 +119,7 @@ class Entries:
     step: int
     read_weight: Callable[[], Tensor]
     positions: Callable[[int, int], Tensor]
+    first_position: int | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -125,12 +130,12 @@ class Entries:
         return self.read_weight()
 
 
-Scorer = Verdict | Callable[[Entries], Tensor]
+Scorer = Verdict | Callable[[Entries], Tensor | Scores]
 Criterion = Callable[[Mapping[str, torch.Size], int], Mapping[str, Scorer]]
 
 
-def checked_scores(scorer: Callable[[Entries], Tensor], entries: Entries) -> tuple[Tensor, Tensor]:
-    """The scores of ``entries``, infinite where the gradient is not finite.
+def checked(scores: object, entries: Entries) -> tuple[Given, Tensor]:
+    """The scores that a function returned for ``entries``, infinite where these are not finite.
 
     Returns:
         The scores, and a bool tensor of shape ``()``: whether one is negative or NaN. It stays on
@@ -140,9 +145,8 @@ def checked_scores(scorer: Callable[[Entries], Tensor], entries: Entries) -> tup
         ValueError: If the scores have another shape, dtype or device than the contract says.
     """
     gradient = entries.gradient
-    scores = scorer(entries)
-    wanted = (gradient.shape, torch.float32, gradient.device)
-    if not isinstance(scores, Tensor) or (scores.shape, scores.dtype, scores.device) != wanted:
+    expected = (gradient.shape, torch.float32, gradient.device)
+    if not isinstance(scores, Tensor) or (scores.shape, scores.dtype, scores.device) != expected:
         got = (
             f"{tuple(scores.shape)} of {scores.dtype} on {scores.device}"
             if isinstance(scores, Tensor)
@@ -153,15 +157,15 @@ def checked_scores(scorer: Callable[[Entries], Tensor], entries: Entries) -> tup
             f"shape {tuple(gradient.shape)} of torch.float32 on {gradient.device}, but it returned "
             f"{got}. Mend it or set another one."
         )
-    checked = torch.empty_like(scores)
+    copy = torch.empty_like(scores)
     bad = torch.zeros((), dtype=torch.bool, device=scores.device)
     chunk = chunk_size(scores.device)
-    parts = zip(*(tensor.split(chunk) for tensor in (gradient, scores, checked)), strict=True)
-    for of_gradient, of_scores, of_checked in parts:
+    parts = zip(*(tensor.split(chunk) for tensor in (gradient, scores, copy)), strict=True)
+    for of_gradient, of_scores, of_copy in parts:
         broken = ~of_gradient.isfinite()
         bad |= (~(of_scores >= 0) & ~broken).any()  # NaN compares false
-        of_checked.copy_(of_scores.masked_fill(broken, math.inf))
-    return checked, bad
+        of_copy.copy_(of_scores.masked_fill(broken, math.inf))
+    return Given(gradient, copy), bad
 
 
 class _Hooks:
@@ -180,19 +184,7 @@ def gradient_weight(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str,
     """|g * w|: to first order, how much the loss would change if the weight were zero."""
     del seed
 
-    def score(entries: Entries) -> Tensor:
-        scores = torch.empty_like(entries.gradient, dtype=torch.float32)
-        chunk = chunk_size(scores.device)
-        parts = zip(
-            *(t.split(chunk) for t in (scores, entries.gradient, entries.weight)), strict=True
-        )
-        for of_scores, of_gradient, of_weight in parts:
-            torch.mul(of_gradient.float(), of_weight.float(), out=of_scores).abs_()
-            # Infinity times 0: a weight that broke must not be lost sight of.
-            of_scores.masked_fill_(of_scores.isnan(), math.inf)
-        return scores
-
-    return dict.fromkeys(shapes, score)
+    return dict.fromkeys(shapes, lambda entries: Products(entries.gradient, entries.weight))
 
 
 def random_uniform(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, Scorer]:
@@ -203,14 +195,16 @@ def random_uniform(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, 
     on the number of ranks, on the device or on where the run was resumed.
     """
 
-    def score(entries: Entries) -> Tensor:
+    def score(entries: Entries) -> Scores | Tensor:
         key = _key(seed, entries.step, entries.name)
+        if entries.first_position is not None:
+            return Hashes(entries.gradient, key, entries.first_position)
         size = len(entries.gradient)
         scores = torch.empty(size, dtype=torch.float32, device=entries.gradient.device)
         chunk = chunk_size(scores.device)
         for start in range(0, size, chunk):
             stop = min(start + chunk, size)
-            scores[start:stop] = _uniform(entries.positions(start, stop), key)
+            scores[start:stop] = uniform(entries.positions(start, stop), key)
         return scores
 
     return dict.fromkeys(shapes, score)
@@ -219,26 +213,6 @@ def random_uniform(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, 
 def _key(*parts: object) -> int:
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, signed=True)
-
-
-def _uniform(positions: Tensor, key: int) -> Tensor:
-    """Numbers in [0, 1) from int64 positions: splitmix64 of each, its upper 24 bits as a float.
-
-    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
-    """
-    x = positions * _signed(0x9E3779B97F4A7C15) + key  # int64 arithmetic wraps around
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ _shift_right(x, shift)) * _signed(factor)
-    x = x ^ _shift_right(x, 31)
-    return _shift_right(x, 40).float() * 2.0**-24
-
-
-def _signed(bits: int) -> int:
-    return bits - (bits >> 63 << 64)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 # What names the matrices of a pair apart: .lora_A.default of q_proj.lora_A.default.weight.

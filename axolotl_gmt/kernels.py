@@ -43,6 +43,7 @@ import triton.language as tl
 from torch import Tensor
 
 from axolotl_gmt.passes import Digit
+from axolotl_gmt.scores import Kind, Magnitudes, Scores
 
 DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
@@ -243,7 +244,12 @@ def _mask_below(
     tl.atomic_add(totals + 3, after, sem="relaxed")
 
 
-def _table(tensors: Sequence[Tensor], rows: Sequence[int], device: torch.device) -> tuple[Any, int]:
+def supports(kind: Kind) -> bool:
+    """Whether there are kernels for scores of that kind."""
+    return kind.scores is Magnitudes and kind.entries in DTYPES
+
+
+def _table(scores: Sequence[Scores], rows: Sequence[int], device: torch.device) -> tuple[Any, int]:
     """Address, entries, row and first program of each tensor, int64 ``(tensors, 4)``.
 
     Also the number of programs. A pinned buffer is handed out again only after the copy from it
@@ -251,7 +257,8 @@ def _table(tensors: Sequence[Tensor], rows: Sequence[int], device: torch.device)
     """
     table: list[list[int]] = []
     programs = 0
-    for tensor, row in zip(tensors, rows, strict=True):
+    for score, row in zip(scores, rows, strict=True):
+        tensor = score.entries
         address, entries = tensor.data_ptr(), tensor.numel()
         table.append([address, entries, row, programs])
         unaligned = address % 16 // tensor.element_size()
@@ -267,7 +274,7 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def count_digits(
-    tensors: Sequence[Tensor],
+    scores: Sequence[Scores],
     rows: Sequence[int],
     dtype: torch.dtype,
     digit: Digit,
@@ -276,22 +283,22 @@ def count_digits(
 ) -> None:
     """:func:`axolotl_gmt.passes.count_digits` for GPU tensors that all are ``dtype``."""
     device = counts.device
-    table, programs = _table(tensors, rows, device)
+    table, programs = _table(scores, rows, device)
     if programs == 0:
         return
     launch = {"span": _SPAN, "block": _COUNT_BLOCK, "num_warps": 16}
     with _on(device):
         if prefixes is not None:
             bits = {"shift": digit.shift, "width": digit.width}
-            _count_lower[(programs,)](table, prefixes, counts, len(tensors), **bits, **launch)
+            _count_lower[(programs,)](table, prefixes, counts, len(scores), **bits, **launch)
             return
         bins = {
             "shift": digit.shift,
             "bins": 1 << digit.width,
             "window": min(_WINDOW[dtype], 1 << digit.width),
         }
-        windows = torch.empty(len(tensors), dtype=torch.int32, device=device)
-        _place_windows[(len(tensors),)](
+        windows = torch.empty(len(scores), dtype=torch.int32, device=device)
+        _place_windows[(len(scores),)](
             table,
             windows,
             **bins,
@@ -304,7 +311,7 @@ def count_digits(
             table,
             windows,
             counts,
-            len(tensors),
+            len(scores),
             **bins,
             **launch,
             itemsize=dtype.itemsize,
@@ -313,14 +320,14 @@ def count_digits(
 
 
 def mask_below_(
-    tensors: Sequence[Tensor],
+    scores: Sequence[Scores],
     rows: Sequence[int],
     dtype: torch.dtype,
     thresholds: Tensor,
     totals: Tensor,
 ) -> None:
     """:func:`axolotl_gmt.passes.mask_below_` for GPU tensors that all are ``dtype``."""
-    table, programs = _table(tensors, rows, totals.device)
+    table, programs = _table(scores, rows, totals.device)
     if programs == 0:
         return
     with _on(totals.device):
@@ -328,7 +335,7 @@ def mask_below_(
             table,
             thresholds,
             totals,
-            len(tensors),
+            len(scores),
             pattern=_PATTERN[dtype.itemsize],
             value=_VALUE[dtype],
             itemsize=dtype.itemsize,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -27,9 +27,11 @@ from axolotl_gmt.criteria import (
     Entries,
     Scorer,
     Verdict,
-    checked_scores,
+    checked,
 )
 from axolotl_gmt.names import layer_name, module_name
+from axolotl_gmt.passes import mask_below_
+from axolotl_gmt.scores import Given, Magnitudes, Scores
 from axolotl_gmt.shards import (
     Ranks,
     Rows,
@@ -40,18 +42,10 @@ from axolotl_gmt.shards import (
     step_gradients,
     sum_over_ranks,
 )
-from axolotl_gmt.threshold import (
-    common_dtype,
-    find_thresholds,
-    infinity_pattern,
-    mask_below_,
-    mask_by_scores_,
-)
+from axolotl_gmt.threshold import common_dtype, find_thresholds, infinity_pattern
 
 # Groups whose thresholds are found together; bounds the memory of their histograms (16 MiB).
 _GROUPS_AT_ONCE = 64
-# The same where a criterion makes scores: they take as much memory as fp32 gradients do.
-_SCORED_GROUPS_AT_ONCE = 1
 
 # By where shards lie: names, and totals of these or of all together (see mask_below_).
 _Found = dict[tuple[torch.device, Ranks], list[tuple[list[str], Tensor]]]
@@ -76,8 +70,8 @@ class GradientMasker:
 
     Attributes:
         step: The number of optimizer steps before the next one, which criteria that draw anew at
-            each step draw by. Counts masks by itself; set it before each step where these are not
-            the same: in a resumed run, with several optimizers, or with closures.
+            each step draw by. Counts steps by itself; set it before each step where these are not
+            the same: in a resumed run, or with several optimizers.
 
     Example:
         >>> model = torch.nn.Linear(8, 8)
@@ -113,12 +107,12 @@ class GradientMasker:
             optimizer: Any torch optimizer, or Accelerate's or DeepSpeed's around one.
 
         Raises:
+            TypeError: If it is no torch optimizer; (at a step) for a gradient that cannot be
+                masked exactly, such as a sparse one, unless the mask ratio is 0.
             ValueError: If the optimizer steps tensors that are not among the named parameters,
                 if a pattern matches none of the parameters that it steps, if the patterns leave
                 none to mask, if this masker is already attached to the optimizer, if GMT cannot
                 be exact in this set-up, or (also at a step) if the criterion breaks its contract.
-            TypeError: (at a step) For a gradient that cannot be masked exactly, such as a sparse
-                one.
         """
         gradients = step_gradients(optimizer, self._names)
         self._check_patterns(gradients)
@@ -133,7 +127,7 @@ class GradientMasker:
             raise ValueError(
                 "This masker is already attached to this optimizer. Remove the first handle."
             )
-        handle = gradients.before_step(lambda: self._mask(gradients))
+        handle = gradients.before_step(lambda: self._begin_step(gradients))
         self._handles[gradients.optimizer] = handle
         return handle
 
@@ -178,17 +172,31 @@ class GradientMasker:
         # What is known stays: a parameter that joins later must not change what is frozen.
         self._scorers = {**scorers, **self._scorers}
 
+    def _begin_step(self, gradients: StepGradients) -> Callable[[], None]:
+        """What masks the gradients of the step that begins, each time that they are made."""
+        step = self.step
+        self.step += 1
+        return partial(self._mask, gradients, step)
+
     @torch.no_grad()
-    def _mask(self, gradients: StepGradients) -> None:
+    def _mask(self, gradients: StepGradients, step: int) -> None:
         """Mask, in place, the gradients that the next step uses."""
         masked = self._masked(gradients)
         self._find_scorers(masked)
-        shards = [gradients.shard(*named) for named in masked]
+        shards = self._shards(masked, gradients)
         found: _Found = defaultdict(list)
         self._mask_whole([shard for shard in shards if self._is_whole(shard)], found)
         is_first = not self._bad_scores
-        for dtype, groups in self._batches([s for s in shards if not self._is_whole(s)]):
-            self._mask_groups(groups, dtype, gradients, found)
+        for dtype, groups in self._groups([s for s in shards if not self._is_whole(s)]):
+            batch: list[tuple[list[Shard], list[Scores]]] = []
+            for group in groups:
+                batch.append((group, [self._scores(shard, gradients, step) for shard in group]))
+                is_made = any(isinstance(scores, Given) for scores in batch[-1][1])
+                if is_made or len(batch) == _GROUPS_AT_ONCE:
+                    self._mask_groups(batch, dtype, found)
+                    batch = []  # Made scores take as much memory as fp32 gradients do.
+            if batch:
+                self._mask_groups(batch, dtype, found)
         if is_first:  # Later, when something is read from the device anyway.
             self._check_scores()
         self._totals = []
@@ -198,41 +206,61 @@ class GradientMasker:
                 total = total.sum(0, keepdim=True)
             sum_over_ranks(total, ranks)
             self._totals.append(([name for names, _ in parts for name in names], total))
-        self.step += 1
+
+    def _shards(
+        self, masked: Sequence[tuple[str, Tensor]], gradients: StepGradients
+    ) -> list[Shard]:
+        """The shards of the masked parameters' gradients.
+
+        Raises:
+            TypeError: For a gradient that cannot be masked exactly. A mask ratio of 0 masks
+                nothing, so there such a gradient is left alone.
+        """
+        shards = []
+        for name, parameter in masked:
+            try:
+                shards.append(gradients.shard(name, parameter))
+            except TypeError:
+                if self.config.mask_ratio > 0:
+                    raise
+        return shards
 
     def _mask_groups(
         self,
-        groups: list[list[Shard]],
+        batch: Sequence[tuple[Sequence[Shard], Sequence[Scores]]],
         dtype: torch.dtype,
-        gradients: StepGradients,
         found: _Found,
     ) -> None:
         """Mask groups of shards, each by its own threshold, and add what was found to ``found``."""
-        batch = [shard for group in groups for shard in group]
-        rows = Rows(groups)
-        scores = [self._scores(shard, gradients) for shard in batch]
+        rows = Rows([group for group, _ in batch])
+        shards = [shard for group, _ in batch for shard in group]
+        scores = [of_shard for _, of_group in batch for of_shard in of_group]
         thresholds = find_thresholds(scores, rows, self.config.mask_ratio, dtype)
-        self._apply(batch, scores, rows.of_shard, dtype, thresholds, found)
+        self._apply(shards, scores, rows.of_shard, dtype, thresholds, found)
 
     def _is_whole(self, shard: Shard) -> bool:
         return self._scorers[shard.name] in (KEEP, DROP)
 
-    def _scores(self, shard: Shard, gradients: StepGradients) -> Tensor:
-        """A score for each entry of ``shard``: flat, in the dtype of :meth:`_score_dtype`."""
+    def _scores(self, shard: Shard, gradients: StepGradients, step: int) -> Scores:
+        """The scores of the entries of ``shard``, in the dtype of :meth:`_score_dtype`."""
         scorer = self._scorers[shard.name]
         if scorer is MAGNITUDE:
-            return shard.entries
+            return Magnitudes(shard.entries)
         assert callable(scorer)
         entries = Entries(
             name=shard.name,
             gradient=shard.entries,
-            step=self.step,
+            step=step,
             read_weight=partial(gradients.weight, shard),
             positions=gradients.positions(shard),
+            first_position=gradients.first_position(shard),
         )
-        scores, bad = checked_scores(scorer, entries)
+        scores = scorer(entries)
+        if isinstance(scores, Scores):
+            return scores
+        given, bad = checked(scores, entries)
         self._bad_scores[bad.device] = bad | self._bad_scores.get(bad.device, False)
-        return scores
+        return given
 
     def _score_dtype(self, shard: Shard) -> torch.dtype:
         return shard.entries.dtype if self._scorers[shard.name] is MAGNITUDE else torch.float32
@@ -253,13 +281,13 @@ class GradientMasker:
             alike[dtype, shard.entries.device, threshold].append(shard)
         for (dtype, device, threshold), group in alike.items():
             thresholds = torch.full((1,), threshold, dtype=torch.int64, device=device)
-            entries = [shard.entries for shard in group]
-            self._apply(group, entries, [0] * len(group), dtype, thresholds, found)
+            scores = [Magnitudes(shard.entries) for shard in group]
+            self._apply(group, scores, [0] * len(group), dtype, thresholds, found)
 
     def _apply(
         self,
         shards: Sequence[Shard],
-        scores: Sequence[Tensor],
+        scores: Sequence[Scores],
         rows: Sequence[int],
         dtype: torch.dtype,
         thresholds: Tensor,
@@ -268,14 +296,10 @@ class GradientMasker:
         """Mask ``shards`` by thresholds of their rows, and add what was found to ``found``."""
         for key in dict.fromkeys((shard.entries.device, shard.ranks) for shard in shards):
             here = [i for i, s in enumerate(shards) if (s.entries.device, s.ranks) == key]
-            entries = [shards[i].entries for i in here]
-            of_entries = [scores[i] for i in here]
-            rows_here = [rows[i] for i in here]
             totals = torch.zeros(len(here), 4, dtype=torch.float64, device=key[0])
-            if all(score is entry for score, entry in zip(of_entries, entries, strict=True)):
-                mask_below_(entries, rows_here, dtype, thresholds, totals)
-            else:
-                mask_by_scores_(entries, of_entries, rows_here, dtype, thresholds, totals)
+            mask_below_(
+                [scores[i] for i in here], [rows[i] for i in here], dtype, thresholds, totals
+            )
             if not self.config.log_modules:
                 totals = totals.sum(0, keepdim=True)
             found[key].append(([shards[i].name for i in here], totals))
@@ -321,20 +345,17 @@ class GradientMasker:
                         f"{names[-1]}. Change the pattern or remove it."
                     )
 
-    def _batches(self, shards: list[Shard]) -> Iterator[tuple[torch.dtype, list[list[Shard]]]]:
-        """Groups of shards whose thresholds are found together, and their common dtype."""
+    def _groups(self, shards: list[Shard]) -> Iterator[tuple[torch.dtype, list[list[Shard]]]]:
+        """Groups of shards whose thresholds may be found together, and their common dtype."""
         groups: dict[str, list[Shard]] = defaultdict(list)
         for shard in shards:
             groups[group_name(shard.name, self.config.granularity)].append(shard)
-        alike: dict[tuple[torch.dtype, torch.device, int], list[list[Shard]]] = defaultdict(list)
+        alike: dict[tuple[torch.dtype, torch.device], list[list[Shard]]] = defaultdict(list)
         for group in groups.values():
             dtype = common_dtype([self._score_dtype(shard) for shard in group])
-            fast = all(self._scorers[shard.name] is MAGNITUDE for shard in group)
-            at_once = _GROUPS_AT_ONCE if fast else _SCORED_GROUPS_AT_ONCE
-            alike[dtype, group[0].entries.device, at_once].append(group)
-        for (dtype, _, at_once), batch in alike.items():
-            for start in range(0, len(batch), at_once):
-                yield dtype, batch[start : start + at_once]
+            alike[dtype, group[0].entries.device].append(group)
+        for (dtype, _), alike_groups in alike.items():
+            yield dtype, alike_groups
 
 
 def _statistics(total: Tensor) -> dict[str, float]:

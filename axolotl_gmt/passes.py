@@ -2,24 +2,30 @@
 
 The torch versions here say what a pass does and run everywhere. Where they can be had, compiled
 versions with the same results take their place: :mod:`axolotl_gmt.kernels_cpu` (Numba) on a CPU
-and :mod:`axolotl_gmt.kernels` (Triton) on a GPU. Nothing here but
-:func:`keep_candidates` reads a value back from a device.
+and :mod:`axolotl_gmt.kernels` (Triton) on a GPU. A compiled version is compiled, and compared with
+torch's on small tensors, before it touches a gradient. If that fails torch's are used, with one
+warning; an error in a pass that is under way ends the step, since a part of it has been done.
 
-Knows flat tensors and rows of counts only.
+Nothing here but :func:`keep_candidates` and :func:`keep_between` reads a value back from a device.
+
+Knows flat tensors, their scores and rows of counts only.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import import_module
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from axolotl_gmt.scores import Hashes, Kind, Magnitudes, Products, Scores
 
 LOG = logging.getLogger(__name__)
 
@@ -31,7 +37,6 @@ _COMPILED = {
     "cpu": ("axolotl_gmt.kernels_cpu", "Numba"),
     "cuda": ("axolotl_gmt.kernels", "Triton"),
 }
-_broken: set[str] = set()
 
 
 class Digit(NamedTuple):
@@ -39,6 +44,68 @@ class Digit(NamedTuple):
 
     shift: int
     width: int
+
+
+class Backend(Protocol):
+    """What a module of compiled passes owes: the passes below, for scores that all are alike.
+
+    All scores of a call are of one :class:`~axolotl_gmt.scores.Kind`, and ``dtype`` is theirs
+    (:attr:`~axolotl_gmt.scores.Scores.dtype`). A pass ends when all its work is done or, with an
+    error, when none of it goes on.
+    """
+
+    DTYPES: frozenset[torch.dtype]
+
+    def supports(self, kind: Kind) -> bool:
+        """Whether there are passes for scores of that kind."""
+
+    def count_digits(
+        self,
+        scores: Sequence[Any],
+        rows: Sequence[int],
+        dtype: torch.dtype,
+        digit: Digit,
+        prefixes: Tensor | None,
+        counts: Tensor,
+    ) -> None:
+        """See :func:`count_digits`."""
+
+    def mask_below_(
+        self,
+        scores: Sequence[Any],
+        rows: Sequence[int],
+        dtype: torch.dtype,
+        thresholds: Tensor,
+        totals: Tensor,
+    ) -> None:
+        """See :func:`mask_below_`."""
+
+
+class CPUBackend(Backend, Protocol):
+    """What the passes for a CPU owe beyond."""
+
+    def keep_candidates(
+        self,
+        scores: Sequence[Any],
+        rows: Sequence[int],
+        dtype: torch.dtype,
+        shift: int,
+        prefixes: Tensor,
+    ) -> list[Scores]:
+        """See :func:`keep_candidates`."""
+
+    def keep_between(
+        self,
+        scores: Sequence[Any],
+        rows: Sequence[int],
+        low: Tensor,
+        high: Tensor,
+        above: Tensor,
+    ) -> list[Scores | None]:
+        """See :func:`keep_between`."""
+
+    def give_up_cache(self) -> str | None:
+        """Keep no machine code on disk any more; the folder where it was, None if nowhere."""
 
 
 def magnitude_patterns(entries: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,34 +145,49 @@ def sum_neighbours(counts: Tensor) -> Tensor:
     return torch.from_numpy(np.einsum("rbk->rb", fine.numpy())).long()
 
 
+def copies_candidates(device: torch.device) -> bool:
+    """Whether entries that can still be the threshold are copied, so that lower digits are cheap.
+
+    On a GPU nobody knows how many there are without waiting for it.
+    """
+    return device.type == "cpu"
+
+
 def count_digits(
-    tensors: Sequence[Tensor],
+    scores: Sequence[Scores],
     rows: Sequence[int],
     dtype: torch.dtype,
     digit: Digit,
     prefixes: Tensor | None,
     counts: Tensor,
 ) -> None:
-    """Add to ``counts`` how often each value of one digit occurs among the entries of each row.
+    """Add to ``counts`` how often each value of one digit occurs among the scores of each row.
 
     Args:
-        tensors: Flat tensors of any supported dtypes, all on the device of ``counts``.
-        rows: The row that each tensor's entries are counted in.
-        dtype: The dtype whose patterns are counted (entries are converted exactly).
+        scores: Scores of any kinds, of entries that are all on the device of ``counts``.
+        rows: The row that the scores of each tensor are counted in.
+        dtype: The dtype whose patterns are counted (scores are converted exactly).
         digit: Which bits of the pattern.
         prefixes: int64 ``(rows,)``; only entries whose bits above the digit equal that of their
             row count. None, for the upper digit: all do.
         counts: int32 or int64 ``(rows, 2 ** digit.width)``, contiguous, added to in place.
     """
-    compiled, others = _split(tensors, dtype, counts.device)
-    if compiled:
-        picked = _pick(compiled, tensors, rows)
-        try:
-            _attempt(counts.device, "count_digits", *picked, dtype, digit, prefixes, counts)
-        except _UnavailableError:
-            others = range(len(tensors))
-    for index in others:
-        _count_by_torch(tensors[index], rows[index], dtype, digit, prefixes, counts)
+    for part in _parts(scores, rows, dtype, counts.device):
+        if part.backend is None:
+            for score, row in zip(part.scores, part.rows, strict=True):
+                _count_by_torch(score, row, dtype, digit, prefixes, counts)
+        elif part.dtype == dtype:
+            part.backend.count_digits(part.scores, part.rows, dtype, digit, prefixes, counts)
+        elif prefixes is None:  # bfloat16 is the upper half of float32.
+            own = Digit(digit.shift - 16, digit.width)
+            part.backend.count_digits(part.scores, part.rows, part.dtype, own, None, counts)
+        else:  # The lower half of these is 0, so that all that match lie in the first bin.
+            own_prefixes = _upper_half(prefixes, digit.shift + digit.width)
+            matches = no_counts(len(counts), 1, counts.dtype, counts.device)
+            part.backend.count_digits(
+                part.scores, part.rows, part.dtype, Digit(0, 0), own_prefixes, matches
+            )
+            counts[:, :1] += matches
 
 
 def most_candidates(entries: int) -> int:
@@ -114,110 +196,140 @@ def most_candidates(entries: int) -> int:
 
 
 def keep_candidates(
-    tensors: Sequence[Tensor],
+    scores: Sequence[Scores],
     rows: Sequence[int],
     dtype: torch.dtype,
     shift: int,
     prefixes: Tensor,
-) -> list[Tensor]:
-    """Copies of the entries that can still be the threshold, so that lower digits read only these.
+) -> list[Scores]:
+    """The scores that can still be the threshold, copied, so that lower digits read only these.
 
     Takes one more read of all entries, and reads back how many there are: for the CPU alone.
 
     Args:
-        tensors: Flat CPU tensors of any supported dtypes.
-        rows: The row of ``prefixes`` that each tensor's entries are compared with.
+        scores: Scores of any kinds, of entries on the CPU.
+        rows: The row of ``prefixes`` that the scores of each tensor are compared with.
         dtype: The dtype whose patterns are compared.
-        shift: Entries are kept whose bits from here up, without the sign, are ``prefixes``.
+        shift: Scores are kept whose bits from here up, without the sign, are ``prefixes``.
         prefixes: int64 ``(rows,)``.
 
     Returns:
-        For each tensor its entries that match, flat; the tensor itself if there are many.
+        For each tensor its scores that match; all of them, as they were given, if there are many.
     """
-    kept = list(tensors)
-    compiled, others = _split(tensors, dtype, prefixes.device)
-    if compiled:
-        picked = _pick(compiled, tensors, rows)
-        try:
-            copies = _attempt(prefixes.device, "keep_candidates", *picked, dtype, shift, prefixes)
-        except _UnavailableError:
-            others = range(len(tensors))
+    kept = list(scores)
+    for part in _parts(scores, rows, dtype, prefixes.device):
+        if part.backend is None:
+            copies: list[Scores] = [
+                _candidates_by_torch(score, dtype, shift, prefixes[row])
+                for score, row in zip(part.scores, part.rows, strict=True)
+            ]
         else:
-            for index, copy in zip(compiled, copies, strict=True):
-                kept[index] = copy
-    for index in others:
-        kept[index] = _candidates_by_torch(tensors[index], dtype, shift, prefixes[rows[index]])
+            backend = cast(CPUBackend, part.backend)
+            own_shift, own_prefixes = shift, prefixes
+            if part.dtype != dtype:
+                own_shift, own_prefixes = max(shift - 16, 0), _upper_half(prefixes, shift)
+            copies = backend.keep_candidates(
+                part.scores, part.rows, part.dtype, own_shift, own_prefixes
+            )
+        for index, copy in zip(part.indices, copies, strict=True):
+            kept[index] = copy
+    return kept
+
+
+def finds_between(scores: Sequence[Scores], dtype: torch.dtype) -> bool:
+    """Whether :func:`keep_between` can take these scores: hashes, for which there is a pass."""
+    return all(isinstance(score, Hashes) and score.entries.is_cpu for score in scores) and all(
+        part.backend is not None
+        for part in _parts(scores, range(len(scores)), dtype, torch.device("cpu"))
+    )
+
+
+def keep_between(
+    scores: Sequence[Scores],
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    low: Tensor,
+    high: Tensor,
+    above: Tensor,
+) -> list[Scores | None]:
+    """Copies of the scores from ``low`` to below ``high``, and how many are higher; on the CPU.
+
+    Args:
+        scores: Scores that :func:`finds_between` accepts.
+        rows: The row of each tensor.
+        dtype: The dtype of the patterns.
+        low: int64 ``(rows,)``, patterns.
+        high: int64 ``(rows,)``, patterns.
+        above: int64 ``(rows,)``, to which the number of scores of at least ``high`` is added.
+
+    Returns:
+        For each tensor its scores between, or None if they are too many to be worth a copy.
+    """
+    kept: list[Scores | None] = [None] * len(scores)
+    for part in _parts(scores, rows, dtype, torch.device("cpu")):
+        backend = cast(CPUBackend, part.backend)
+        copies = backend.keep_between(part.scores, part.rows, low, high, above)
+        for index, copy in zip(part.indices, copies, strict=True):
+            kept[index] = copy
     return kept
 
 
 def mask_below_(
-    tensors: Sequence[Tensor],
+    scores: Sequence[Scores],
     rows: Sequence[int],
     dtype: torch.dtype,
     thresholds: Tensor,
     totals: Tensor,
 ) -> None:
-    """Set to zero, in place, the entries whose magnitude is below the threshold (Li et al., M).
+    """Set to zero, in place, the entries whose score is below the threshold (Li et al., M).
 
     Args:
-        tensors: Flat tensors of any supported dtypes, all on the device of ``totals``.
-        rows: The row of ``thresholds`` that each tensor is compared with.
+        scores: Scores of any kinds, of entries that are all on the device of ``totals``.
+        rows: The row of ``thresholds`` that the scores of each tensor are compared with.
         dtype: The dtype of the thresholds' bit patterns.
         thresholds: int64 ``(rows,)`` from :func:`~axolotl_gmt.threshold.find_thresholds`.
         totals: float64 ``(tensors, 4)``, added to in place: for each tensor its entries, those
             that are non-zero afterwards, the sum of squares before, and afterwards.
     """
     thresholds = thresholds.to(totals.device)
-    compiled, others = _split(tensors, dtype, totals.device)
-    if compiled:
-        picked = _pick(compiled, tensors, rows)
-        found = torch.zeros(len(compiled), 4, dtype=torch.float64, device=totals.device)
-        try:
-            _attempt(totals.device, "mask_below_", *picked, dtype, thresholds, found)
-        except _UnavailableError:
-            others = range(len(tensors))
+    for part in _parts(scores, rows, dtype, totals.device):
+        if part.backend is None:
+            for index, score, row in zip(part.indices, part.scores, part.rows, strict=True):
+                _mask_by_torch_(score, dtype, thresholds[row], totals[index])
+            continue
+        # A bfloat16 entry is at least a float32 threshold if its pattern is at least the next one.
+        own = thresholds if part.dtype == dtype else (thresholds + 0xFFFF) >> 16
+        if len(part.indices) == len(scores):
+            part.backend.mask_below_(part.scores, part.rows, part.dtype, own, totals)
         else:
-            if others:
-                for index, total in zip(compiled, found, strict=True):
-                    totals[index] += total
-            else:
-                totals += found
-    for index in others:
-        _mask_by_torch_(tensors[index], dtype, thresholds[rows[index]], totals[index])
+            found = torch.zeros(len(part.indices), 4, dtype=torch.float64, device=totals.device)
+            part.backend.mask_below_(part.scores, part.rows, part.dtype, own, found)
+            for index, total in zip(part.indices, found, strict=True):
+                totals[index] += total
 
 
-def mask_by_scores_(
-    tensors: Sequence[Tensor],
-    scores: Sequence[Tensor],
-    rows: Sequence[int],
-    dtype: torch.dtype,
-    thresholds: Tensor,
-    totals: Tensor,
-) -> None:
-    """Set to zero, in place, the entries whose score is below the threshold.
+def _upper_half(prefixes: Tensor, shift: int) -> Tensor:
+    """The upper 16 bits of float32 patterns whose bits from ``shift`` up are ``prefixes``.
 
-    Args:
-        tensors: Flat tensors, all on the device of ``totals``.
-        scores: Flat and non-negative, one score for each entry.
-        rows: See :func:`mask_below_`, as for the other arguments.
-        dtype: The dtype of the thresholds' bit patterns, in which scores are compared.
-        thresholds: int64 ``(rows,)``.
-        totals: float64 ``(tensors, 4)``, added to in place.
+    For ``shift`` from 16 on all that is asked are the prefixes themselves. Below, what no bfloat16
+    has, a bit of the lower half, makes a prefix that matches nothing.
     """
-    thresholds = thresholds.to(totals.device)
-    no_threshold = torch.zeros(1, dtype=torch.int64, device=totals.device)
-    chunk = chunk_size(totals.device)
-    for index, (tensor, score, row) in enumerate(zip(tensors, scores, rows, strict=True)):
-        before, after = torch.zeros(2, 1, 4, dtype=torch.float64, device=totals.device)
-        mask_below_([tensor], [0], tensor.dtype, no_threshold, before)
-        for entries, of_entries in zip(tensor.split(chunk), score.split(chunk), strict=True):
-            entries.masked_fill_(magnitude_patterns(of_entries, dtype) < thresholds[row], 0)
-        mask_below_([tensor], [0], tensor.dtype, no_threshold, after)
-        totals[index] += torch.stack([before[0, 0], after[0, 1], before[0, 2], after[0, 3]])
+    rest = 16 - shift
+    if rest <= 0:
+        return prefixes
+    return torch.where(prefixes & ((1 << rest) - 1) == 0, prefixes >> rest, 0x8000)
+
+
+def _chunks(scores: Scores) -> Iterator[tuple[Tensor, Tensor]]:
+    """Entries and their scores, a chunk at a time."""
+    size = _CHUNK if isinstance(scores, Magnitudes) else chunk_size(scores.entries.device)
+    for start in range(0, len(scores.entries), size):
+        stop = min(start + size, len(scores.entries))
+        yield scores.entries[start:stop], scores.values(start, stop)
 
 
 def _count_by_torch(
-    tensor: Tensor,
+    scores: Scores,
     row: int,
     dtype: torch.dtype,
     digit: Digit,
@@ -225,7 +337,7 @@ def _count_by_torch(
     counts: Tensor,
 ) -> None:
     bins = 1 << digit.width
-    for chunk in tensor.split(_CHUNK):
+    for _, chunk in _chunks(scores):
         patterns = magnitude_patterns(chunk, dtype)
         values = patterns >> digit.shift
         if prefixes is not None:
@@ -239,125 +351,207 @@ def _count_by_torch(
         counts[row] += found[:bins]
 
 
-def _mask_by_torch_(tensor: Tensor, dtype: torch.dtype, threshold: Tensor, total: Tensor) -> None:
-    total[0] += tensor.numel()
-    for chunk in tensor.split(_CHUNK):
-        before = torch.linalg.vector_norm(chunk, dtype=torch.float64)
-        chunk.masked_fill_(magnitude_patterns(chunk, dtype) < threshold, 0)
-        after = torch.linalg.vector_norm(chunk, dtype=torch.float64)
-        total[1:] += torch.stack([chunk.count_nonzero(), before.square(), after.square()])
+def _mask_by_torch_(scores: Scores, dtype: torch.dtype, threshold: Tensor, total: Tensor) -> None:
+    total[0] += scores.entries.numel()
+    for entries, chunk in _chunks(scores):
+        before = torch.linalg.vector_norm(entries, dtype=torch.float64)
+        entries.masked_fill_(magnitude_patterns(chunk, dtype) < threshold, 0)
+        after = torch.linalg.vector_norm(entries, dtype=torch.float64)
+        total[1:] += torch.stack([entries.count_nonzero(), before.square(), after.square()])
 
 
-def _candidates_by_torch(tensor: Tensor, dtype: torch.dtype, shift: int, prefix: Tensor) -> Tensor:
-    copies = [
-        chunk[magnitude_patterns(chunk, dtype) >> shift == prefix] for chunk in tensor.split(_CHUNK)
-    ]
-    if sum(copy.numel() for copy in copies) > most_candidates(tensor.numel()):
-        return tensor
-    return torch.cat(copies)
+def _candidates_by_torch(scores: Scores, dtype: torch.dtype, shift: int, prefix: Tensor) -> Scores:
+    most = most_candidates(scores.entries.numel())
+    copies = [scores.values(0, 0)]
+    for _, chunk in _chunks(scores):
+        copies.append(chunk[magnitude_patterns(chunk, dtype) >> shift == prefix])
+        if sum(copy.numel() for copy in copies) > most:
+            return scores
+    return Magnitudes(torch.cat(copies))
 
 
-class _UnavailableError(Exception):
-    """A compiled pass failed, and none will be tried again on that type of device."""
+class _Part(NamedTuple):
+    """Those scores of a call that one backend takes together; None stands for torch."""
+
+    backend: Backend | None
+    dtype: torch.dtype
+    indices: Sequence[int]
+    scores: Sequence[Scores]
+    rows: Sequence[int]
 
 
-def _split(
-    tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device
-) -> tuple[Sequence[int], Sequence[int]]:
-    """Which tensors a compiled pass takes (those that need no conversion), and the others."""
-    passes = None if device.type in _broken else _compiled_passes(device.type)
-    if passes is None or dtype not in passes.DTYPES:
-        return (), range(len(tensors))
-    alike = [tensor.dtype == dtype for tensor in tensors]
-    return (
-        [index for index, same in enumerate(alike) if same],
-        [index for index, same in enumerate(alike) if not same],
-    )
-
-
-def _pick(
-    indices: Sequence[int], tensors: Sequence[Tensor], rows: Sequence[int]
-) -> tuple[list[Tensor], list[int]]:
-    return [tensors[index] for index in indices], [rows[index] for index in indices]
-
-
-def _attempt(device: torch.device, name: str, *arguments: object) -> Any:
-    """Run a compiled pass. If it fails, say so once and never try one on such a device again.
-
-    Code fails to compile before any of it has run, so the torch version can start afresh.
-
-    Raises:
-        _UnavailableError: If it fails for another reason than a lack of memory.
-    """
-    try:
-        return getattr(_compiled_passes(device.type), name)(*arguments)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        _warn(device.type, error)
-        _broken.add(device.type)
-        raise _UnavailableError from error
+def _parts(
+    scores: Sequence[Scores], rows: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Iterator[_Part]:
+    alike: dict[Kind, list[int]] = defaultdict(list)
+    for index, score in enumerate(scores):
+        alike[score.kind].append(index)
+    for kind, indices in alike.items():
+        picked = [scores[index] for index in indices]
+        own = picked[0].dtype
+        fits = own == dtype or (own, dtype) == (torch.bfloat16, torch.float32)
+        backend = _backend(device.type, kind) if fits else None
+        yield _Part(backend, own, indices, picked, [rows[index] for index in indices])
 
 
 @cache
-def _compiled_passes(kind: str) -> ModuleType | None:
+def _module(device: str) -> Backend | None:
     """The module of compiled passes for a type of device; None, with a warning, if it fails."""
-    if kind not in _COMPILED:
+    if device not in _COMPILED:
         return None
     try:
-        passes = import_module(_COMPILED[kind][0])
-        if kind != "cpu":  # CI, which has no GPU, cannot vouch for the one at hand.
-            compare_with_torch(passes, torch.device(kind))
-        return passes
+        return cast(Backend, import_module(_COMPILED[device][0]))
     except Exception as error:  # A package that is broken raises anything as it is imported.
-        _warn(kind, error)
+        _warn(device, error)
         return None
+
+
+@cache
+def _backend(device: str, kind: Kind) -> Backend | None:
+    """The compiled passes for a kind of scores, compiled and compared with torch's; or None."""
+    module = _module(device)
+    if module is None or device in _failed or not module.supports(kind):
+        return None
+    try:
+        try:
+            compare_with_torch(module, torch.device(device), kind)
+        except Exception as error:
+            # A full disk or a damaged file: what is compiled anew runs all the same.
+            folder = module.give_up_cache() if hasattr(module, "give_up_cache") else None
+            if folder is None:
+                raise
+            compare_with_torch(module, torch.device(device), kind)
+            LOG.warning(
+                "GMT compiles its passes anew in every run, which takes some seconds, because the "
+                "machine code kept in %s cannot be used or written (%s: %s). Make room there, or "
+                "delete that folder's kernels_cpu.* files, or name another one by NUMBA_CACHE_DIR.",
+                folder,
+                type(error).__name__,
+                error,
+            )
+    except Exception as error:
+        _failed.add(device)
+        _warn(device, error)
+        return None
+    return module
+
+
+_failed: set[str] = set()
+
+
+def forget_backends() -> None:
+    """Look for compiled passes again, for instance after an installation."""
+    _failed.clear()
+    _module.cache_clear()
+    _backend.cache_clear()
 
 
 @torch.no_grad()
-def compare_with_torch(passes: ModuleType, device: torch.device) -> None:
-    """Check on this very device that compiled passes do what the torch versions do.
+def compare_with_torch(module: Backend, device: torch.device, kind: Kind) -> None:
+    """Compile the passes for a kind of scores, and check on this device that they do as torch's.
 
     Raises:
-        RuntimeError: Naming the pass and dtype that differ.
+        RuntimeError: Naming the pass that differs.
+        Exception: Whatever a compiler raises that cannot be used.
     """
-    for dtype in sorted(passes.DTYPES, key=str):
-        values = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).to(dtype)
-        values[::7] = 0
-        values[:3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
-        values = values.to(device)
-        tensors, rows = [values[:70_001], values[70_001:]], [1, 0]  # the second is not aligned
-        some = magnitude_patterns(values[100:102], dtype).long()
-        upper = Digit(dtype.itemsize * 8 - 16, 15)
-        digits: list[tuple[Digit, Tensor | None]] = [(upper, None)]
-        if upper.shift:
-            digits.append((Digit(0, 16), some >> 16))
-        for digit, prefixes in digits:
-            found = torch.zeros(2, 1 << digit.width, dtype=torch.int64, device=device)
-            expected = torch.zeros_like(found)
-            passes.count_digits(tensors, rows, dtype, digit, prefixes, found)
-            for tensor, row in zip(tensors, rows, strict=True):
-                _count_by_torch(tensor, row, dtype, digit, prefixes, expected)
-            if not torch.equal(found, expected):
-                raise RuntimeError(f"its count of {dtype} differs from torch's")
-        masked = [tensor.clone() for tensor in tensors]
-        totals = torch.zeros(2, 4, dtype=torch.float64, device=device)
-        wanted = torch.zeros_like(totals)
-        passes.mask_below_(masked, rows, dtype, some, totals)
-        for index, (tensor, row) in enumerate(zip(tensors, rows, strict=True)):
-            _mask_by_torch_(tensor, dtype, some[row], wanted[index])
-            pattern = _PATTERN_DTYPE[dtype.itemsize]
-            if not torch.equal(masked[index].view(pattern), tensor.view(pattern)):
-                raise RuntimeError(f"its mask of {dtype} differs from torch's")
-        torch.testing.assert_close(totals, wanted, rtol=1e-4, atol=0, equal_nan=True)
+    for scores in _examples(module, kind, device):
+        _compare(module, scores, device)
 
 
-def _warn(kind: str, error: Exception) -> None:
+def _examples(module: Backend, kind: Kind, device: torch.device) -> Iterator[list[Scores]]:
+    """Scores of a kind at addresses and of sizes around those where a pass may go wrong."""
+    layouts = [[(0, 3000), (3, 70_001), (1, 0), (2, 1), (1, 63), (0, 65)]]
+    if hasattr(module, "boundary_layouts"):
+        layouts.append(list(module.boundary_layouts(kind.entries.itemsize)))
+    generator = torch.Generator().manual_seed(0)
+    for layout in layouts:
+        scores = []
+        for offset, size in layout:
+            values, weights = torch.randn(2, offset + size, generator=generator)
+            values[offset::7] = 0
+            broken = torch.tensor([float("nan"), float("inf"), -float("inf")])
+            values[offset : offset + 3] = broken[:size]
+            entries = values.to(kind.entries).to(device)[offset:]
+            if kind.scores is Products:
+                of_weights = weights.to(cast(torch.dtype, kind.weights)).to(device)[offset:]
+                scores.append(cast(Scores, Products(entries, of_weights)))
+            elif kind.scores is Hashes:
+                scores.append(Hashes(entries, -0x123456789ABCDEF * (1 + offset), offset * size))
+            else:
+                scores.append(Magnitudes(entries))
+        yield scores
+
+
+def _compare(module: Backend, scores: list[Scores], device: torch.device) -> None:
+    dtype, what = scores[0].dtype, f"{scores[0].kind.scores.__name__} of {scores[0].kind.entries}"
+    rows = [index % 2 for index in range(len(scores))]
+    some = magnitude_patterns(scores[0].values(100, 102), dtype).long()
+    upper = Digit(dtype.itemsize * 8 - 16, 15)
+    lower: list[tuple[Digit, Tensor | None]] = [(Digit(0, 0), some)]
+    if upper.shift:
+        width = 8 if copies_candidates(device) else 16
+        lower = [(Digit(16 - width, width), some >> 16)]
+    for (digit, prefixes), counts_dtype in itertools.product(
+        [(upper, None), *lower], [torch.int32, torch.int64]
+    ):
+        counted = torch.zeros(2, 1 << digit.width, dtype=counts_dtype, device=device)
+        expected = torch.zeros_like(counted)
+        module.count_digits(scores, rows, dtype, digit, prefixes, counted)
+        for score, row in zip(scores, rows, strict=True):
+            _count_by_torch(score, row, dtype, digit, prefixes, expected)
+        if not torch.equal(counted, expected):
+            raise RuntimeError(f"its count of {what} differs from torch's")
+    if copies_candidates(device):
+        _compare_copies(cast(CPUBackend, module), scores, rows, some, what)
+    totals = torch.zeros(len(scores), 4, dtype=torch.float64, device=device)
+    expected = torch.zeros_like(totals)
+    by_torch = [
+        type(score)(**{**vars(score), "entries": score.entries.clone()}) for score in scores
+    ]
+    module.mask_below_(scores, rows, dtype, some, totals)
+    for score, copy, row, total in zip(scores, by_torch, rows, expected, strict=True):
+        _mask_by_torch_(copy, dtype, some[row], total)
+        pattern = _PATTERN_DTYPE[copy.entries.itemsize]
+        if not torch.equal(score.entries.view(pattern), copy.entries.view(pattern)):
+            raise RuntimeError(f"its mask of {what} differs from torch's")
+    torch.testing.assert_close(totals, expected, rtol=1e-4, atol=0, equal_nan=True)
+
+
+def _compare_copies(
+    module: CPUBackend, scores: list[Scores], rows: list[int], some: Tensor, what: str
+) -> None:
+    dtype = scores[0].dtype
+    shift = dtype.itemsize * 8 - 16
+    copies = module.keep_candidates(scores, rows, dtype, shift, some >> shift)
+    for score, copy, row in zip(scores, copies, rows, strict=True):
+        values = _candidates_by_torch(score, dtype, shift, some[row] >> shift)
+        one, other = (
+            magnitude_patterns(found.values(0, len(found.entries)), dtype)
+            for found in (copy, values)
+        )
+        if not torch.equal(one, other):
+            raise RuntimeError(f"its candidates of {what} differ from torch's")
+    if not isinstance(scores[0], Hashes):
+        return
+    low, high, above = some, some + 20_000, torch.zeros(2, dtype=torch.int64)
+    higher = torch.zeros_like(above)
+    between = module.keep_between(scores, rows, low, high, above)
+    for score, row, found in zip(scores, rows, between, strict=True):
+        patterns = magnitude_patterns(score.values(0, len(score.entries)), dtype)
+        higher[row] += (patterns >= high[row]).sum()
+        expected = patterns[(patterns >= low[row]) & (patterns < high[row])]
+        if found is not None and not torch.equal(found.entries.view(torch.int32), expected):
+            raise RuntimeError(f"its choice of {what} differs from torch's")
+    if not torch.equal(above, higher):
+        raise RuntimeError(f"its count of high {what} differs from torch's")
+
+
+def _warn(device: str, error: Exception) -> None:
     LOG.warning(
         "GMT masks gradients on the %s with torch operations: same result, but slower, because "
         "%s cannot be used (%s: %s). Install or repair it to get the speed back.",
-        kind,
-        _COMPILED[kind][1],
+        device,
+        _COMPILED[device][1],
         type(error).__name__,
         error,
     )

@@ -6,6 +6,7 @@ and sums over ranks; it knows nothing of masks, thresholds or trainers.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as DTensorShard
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -139,7 +141,7 @@ class StepGradients:
                 "as gradient."
             )
         weight = _local(shard.parameter.detach())
-        return weight.permute(_memory_order(_local(gradient))).reshape(-1)
+        return weight.permute(_memory_order(_local(gradient))).reshape(-1).contiguous()
 
     def positions(self, shard: Shard) -> Callable[[int, int], Tensor]:
         """A function that tells where ``shard.entries[start:stop]`` lie in the whole parameter.
@@ -168,12 +170,42 @@ class StepGradients:
 
         return positions
 
-    def before_step(self, mask: Callable[[], None]) -> RemovableHandle:
-        """Call ``mask`` before each step, when the gradients are complete."""
+    def first_position(self, shard: Shard) -> int | None:
+        """The first of :meth:`positions` if each next one is one more, else None."""
+        gradient = shard.parameter.grad
+        if gradient is None:
+            return 0
+        if not _local(gradient).is_contiguous():
+            return None
+        if not isinstance(gradient, DTensor) or not gradient.dim():
+            return 0
+        # Calculated, since a look at a tensor would wait for its device. DTensor shards as
+        # torch.chunk does, one dimension of the mesh after the other.
+        first, rows = 0, gradient.size(0)
+        mesh, here = gradient.device_mesh, gradient.device_mesh.get_coordinate()
+        for placement, size, rank in zip(gradient.placements, mesh.shape, here or (), strict=True):
+            if placement.is_replicate():
+                continue
+            if type(placement) is not DTensorShard or placement.dim % gradient.dim() != 0:
+                return None
+            chunk = -(-rows // size)
+            start = min(chunk * rank, rows)
+            first, rows = first + start, min(chunk, rows - start)
+        return first * math.prod(gradient.shape[1:])
+
+    def before_step(self, begin_step: Callable[[], Callable[[], None]]) -> RemovableHandle:
+        """Call ``begin_step`` once a step, and what it returns when the gradients are complete.
+
+        That is at once, or after each call of a closure, which makes them. A step within a step,
+        as ``super().step()`` is where torch has hooked the parent's class too, begins none.
+        """
 
         def hook(
             optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            if _steps_under_way(optimizer) > 1:
+                return None
+            mask = torch.compiler.disable(begin_step())
             _, *positional = args
             closure = positional[0] if positional else kwargs.get("closure")
             if closure is None:
@@ -190,8 +222,30 @@ class StepGradients:
                 return (optimizer, closure_then_mask, *positional[1:]), kwargs
             return args, {**kwargs, "closure": closure_then_mask}
 
-        handle: RemovableHandle = self.optimizer.register_step_pre_hook(hook)
+        # A compiled step must not trace the masker: its Python would be compiled anew at each step.
+        handle: RemovableHandle = self.optimizer.register_step_pre_hook(
+            torch.compiler.disable(hook)
+        )
         return handle
+
+
+def _steps_under_way(optimizer: Optimizer) -> int:
+    """How many calls of ``optimizer.step()`` that torch has hooked stand on this thread's stack.
+
+    Asked of the stack and not of a counter, which an error in a step would leave wrong.
+    """
+    steps = 0
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == _HOOKED_STEP.co_name and code.co_filename == _HOOKED_STEP.co_filename:
+            steps += frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return steps
+
+
+# The code around every step() in which torch calls the hooks; it calls its optimizer `self`.
+_HOOKED_STEP = Optimizer.profile_hook_step(lambda: None).__code__
 
 
 def step_gradients(optimizer: object, names: Mapping[Tensor, Sequence[str]]) -> StepGradients:
@@ -199,7 +253,9 @@ def step_gradients(optimizer: object, names: Mapping[Tensor, Sequence[str]]) -> 
 
     Raises:
         ValueError: For a way to train in which GMT cannot be exact, with what to use instead.
+        TypeError: For what is no torch optimizer.
     """
+    given = optimizer
     while not (made_by_deepspeed := type(optimizer).__module__.startswith("deepspeed.")):
         inner = getattr(optimizer, "optimizer", None)
         if inner is None:
@@ -209,7 +265,16 @@ def step_gradients(optimizer: object, names: Mapping[Tensor, Sequence[str]]) -> 
         from axolotl_gmt.zero import ZeroGradients
 
         return ZeroGradients(optimizer, names)
-    assert isinstance(optimizer, Optimizer)
+    if not isinstance(optimizer, Optimizer):
+        attributes = getattr(optimizer, "__dict__", {})
+        inside = [name for name, value in attributes.items() if isinstance(value, Optimizer)]
+        fix = (
+            f"Attach to its optimizer, which is its attribute {inside[0]}."
+            if inside
+            else "Attach to the torch optimizer whose step() updates the model, or to Accelerate's "
+            "or DeepSpeed's around one."
+        )
+        raise TypeError(f"{type(given).__name__} is no torch optimizer, so it has no hook. {fix}")
     return StepGradients(optimizer, names)
 
 

@@ -18,14 +18,16 @@ from torch import Tensor
 
 from axolotl_gmt.passes import (
     Digit,
+    copies_candidates,
     count_digits,
+    finds_between,
+    keep_between,
     keep_candidates,
     magnitude_patterns,
     no_counts,
     sum_neighbours,
 )
-from axolotl_gmt.passes import mask_below_ as mask_below_
-from axolotl_gmt.passes import mask_by_scores_ as mask_by_scores_
+from axolotl_gmt.scores import Scores
 from axolotl_gmt.shards import Rows
 
 
@@ -69,18 +71,18 @@ def entries_to_keep(entries: Tensor, mask_ratio: float) -> Tensor:
 
 
 def find_thresholds(
-    tensors: Sequence[Tensor], rows: Rows, mask_ratio: float, dtype: torch.dtype
+    scores: Sequence[Scores], rows: Rows, mask_ratio: float, dtype: torch.dtype
 ) -> Tensor:
-    """T_k of each group: the magnitude of the k-th largest of its n entries, as a bit pattern.
+    """T_k of each group: the k-th largest of its n scores, as a bit pattern.
 
     k = max(1, n - round(mask_ratio * n)). A threshold is at most infinity's pattern, so that
     neither NaN nor infinity can ever fall below it. Entries that lie on other ranks count too.
 
     Args:
-        tensors: The flat tensors of all groups, in the order in which ``rows`` has their shards.
+        scores: Those of the tensors of all groups, in the order in which ``rows`` has their shards.
         rows: Which of them are counted together, and what makes them groups.
         mask_ratio: Fraction of a group's entries to mask, in [0, 1).
-        dtype: The dtype in which magnitudes are compared; holds every entry exactly.
+        dtype: The dtype in which scores are compared; holds every score exactly.
 
     Returns:
         int64 ``(rows,)`` on the first tensor's device, the same for all rows of a group; 0 for a
@@ -88,10 +90,12 @@ def find_thresholds(
     """
     k: Tensor | None = None
     prefixes: Tensor | None = None
-    # On a CPU the entries that match the first digit are copied, which makes further passes cheap.
-    on_cpu = all(tensor.is_cpu for tensor in tensors)
-    for digit in digits(dtype, lower_width=8 if on_cpu else 16):
-        counts = _count_on_every_device(tensors, rows, dtype, digit, prefixes)
+    # Where candidates are copied, those that match the first digit make further passes cheap.
+    copies = all(copies_candidates(score.entries.device) for score in scores)
+    if finds_between(scores, dtype):
+        scores, k = _near_thresholds(scores, rows, mask_ratio, dtype)
+    for digit in digits(dtype, lower_width=8 if copies else 16):
+        counts = _count_on_every_device(scores, rows, dtype, digit, prefixes)
         # Ranks exchange sums over 2^8 neighbouring bins, then the bins of the winning sum only.
         fine = counts.view(len(rows), -1, 256)
         coarse = rows.sum(sum_neighbours(counts))
@@ -102,41 +106,79 @@ def find_thresholds(
         lower, k = _take_bin(rows.sum(fine.gather(1, index).squeeze(1).long()), k)
         value = rows.spread((upper << 8) | lower)
         prefixes = value if prefixes is None else (prefixes << digit.width) | value
-        if on_cpu and digit.shift > 0:
-            tensors = keep_candidates(tensors, rows.of_shard, dtype, digit.shift, prefixes)
+        if copies and digit.shift > 0:
+            scores = keep_candidates(scores, rows.of_shard, dtype, digit.shift, prefixes)
     assert prefixes is not None
     return prefixes.clamp(max=infinity_pattern(dtype))
 
 
-def _counts_dtype(tensors: Sequence[Tensor], rows: Rows) -> torch.dtype:
+def _near_thresholds(
+    scores: Sequence[Scores], rows: Rows, mask_ratio: float, dtype: torch.dtype
+) -> tuple[Sequence[Scores], Tensor]:
+    """The uniform scores that lie where the threshold must be, and its rank k among these.
+
+    Of n uniform scores the k-th largest lies within six standard deviations of 1 - k/n, but for
+    two groups in 10^9. One pass copies the scores there and counts those above, so that no pass
+    has to make all scores again. All scores of a group that is an exception stay.
+    """
+    sizes = no_counts(len(rows), 1, torch.int64, scores[0].entries.device)
+    for score, row in zip(scores, rows.of_shard, strict=True):
+        sizes[row] += score.entries.numel()
+    n = rows.sum(sizes)[:, 0]
+    k = entries_to_keep(n, mask_ratio)
+    share = k.double() / n.clamp(min=1)
+    deviation = (share * (1 - share) / n.clamp(min=1)).sqrt() + 1.0 / n.clamp(min=1)
+    low, high = (
+        rows.spread(magnitude_patterns((1 - share + side * deviation).clamp(0, 1), dtype).long())
+        for side in (-6, 6)
+    )
+    # What each row finds: scores above, scores between, and tensors with too many between.
+    found = no_counts(len(rows), 3, torch.int64, scores[0].entries.device)
+    above = no_counts(len(rows), 1, torch.int64, scores[0].entries.device)[:, 0]
+    copies = keep_between(scores, rows.of_shard, dtype, low, high, above)
+    found[:, 0] = above
+    for copy, row in zip(copies, rows.of_shard, strict=True):
+        found[row, 1] += 0 if copy is None else copy.entries.numel()
+        found[row, 2] += copy is None
+    higher, between, missing = rows.sum(found).unbind(-1)
+    is_near = (missing == 0) & (higher < k) & (k <= higher + between)
+    of_rows = rows.spread(is_near).tolist()
+    near = [
+        copy if of_rows[row] and copy is not None else score
+        for score, copy, row in zip(scores, copies, rows.of_shard, strict=True)
+    ]
+    return near, torch.where(is_near, k - higher, k)
+
+
+def _counts_dtype(scores: Sequence[Scores], rows: Rows) -> torch.dtype:
     """Int32 if no row has more entries here than it holds: half the memory to clear and sum."""
     entries = [0] * len(rows)
-    for tensor, row in zip(tensors, rows.of_shard, strict=True):
-        entries[row] += tensor.numel()
+    for score, row in zip(scores, rows.of_shard, strict=True):
+        entries[row] += score.entries.numel()
     return torch.int32 if max(entries) <= torch.iinfo(torch.int32).max else torch.int64
 
 
 def _count_on_every_device(
-    tensors: Sequence[Tensor],
+    scores: Sequence[Scores],
     rows: Rows,
     dtype: torch.dtype,
     digit: Digit,
     prefixes: Tensor | None,
 ) -> Tensor:
-    home = tensors[0].device
-    counts_dtype = _counts_dtype(tensors, rows)
-    total = no_counts(len(rows), 1 << digit.width, counts_dtype, home)
-    for device in dict.fromkeys(tensor.device for tensor in tensors):
-        here = [index for index, tensor in enumerate(tensors) if tensor.device == device]
-        counts = total if device == home else torch.zeros_like(total, device=device)
+    devices = [score.entries.device for score in scores]
+    counts_dtype = _counts_dtype(scores, rows)
+    total = no_counts(len(rows), 1 << digit.width, counts_dtype, devices[0])
+    for device in dict.fromkeys(devices):
+        local = [index for index, of_score in enumerate(devices) if of_score == device]
+        counts = total if device == devices[0] else torch.zeros_like(total, device=device)
         count_digits(
-            [tensors[index] for index in here],
-            [rows.of_shard[index] for index in here],
+            [scores[index] for index in local],
+            [rows.of_shard[index] for index in local],
             dtype,
             digit,
             None if prefixes is None else prefixes.to(device),
             counts,
         )
-        if device != home:
-            total += counts.to(home)
+        if device != devices[0]:
+            total += counts.to(devices[0])
     return total

@@ -207,11 +207,15 @@ class ZeroGradients(StepGradients):
             local = zero.averaged_gradients[index][position].view(-1)[:held]
         return local, _more_than_one(group)
 
-    def before_step(self, mask: Callable[[], None]) -> RemovableHandle:
-        """Call ``mask`` once a step, when the norm is known and nothing is unscaled yet."""
+    def first_position(self, shard: Shard) -> int:
+        """The first of :meth:`positions`, of which each next one is one more."""
+        return self._first_position(shard.parameter)
+
+    def before_step(self, begin_step: Callable[[], Callable[[], None]]) -> RemovableHandle:
+        """Mask once a step, when the norm is known and nothing is unscaled yet."""
         hooks = _hooks_of(self.optimizer, self._stage_3)
         handle = RemovableHandle(hooks)
-        hooks[handle.id] = mask
+        hooks[handle.id] = lambda: begin_step()()
         return handle
 
 

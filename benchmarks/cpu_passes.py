@@ -10,6 +10,7 @@ from measuring import Row, arguments, in_turns, median_ms, save, show
 from torch import Tensor
 
 from axolotl_gmt import kernels_cpu, passes
+from axolotl_gmt.scores import Magnitudes
 
 ENTRIES = 28_000_000
 DIGIT = passes.Digit(0, 15)
@@ -42,15 +43,16 @@ def measure(runs: int) -> list[Row]:
     counts = torch.zeros(1, 1 << 15, dtype=torch.int32)
     totals = torch.zeros(1, 4, dtype=torch.float64)
     threshold = torch.tensor([THRESHOLD])
-    one = [entries], [0], torch.bfloat16
+    scores = Magnitudes(entries)
+    one = [scores], [0], torch.bfloat16
     ways = {
         ("count", "torch operations"): lambda: passes._count_by_torch(
-            entries, 0, torch.bfloat16, DIGIT, None, counts
+            scores, 0, torch.bfloat16, DIGIT, None, counts
         ),
         ("count", "torch.compile"): lambda: compiled_count(entries, counts[0]),
         ("count", "Numba"): lambda: kernels_cpu.count_digits(*one, DIGIT, None, counts),
         ("mask", "torch operations"): lambda: passes._mask_by_torch_(
-            entries, torch.bfloat16, threshold[0], totals[0]
+            scores, torch.bfloat16, threshold[0], totals[0]
         ),
         ("mask", "torch.compile"): lambda: compiled_mask(entries, THRESHOLD),
         ("mask", "Numba"): lambda: kernels_cpu.mask_below_(*one, threshold, totals),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from axolotl_gmt import passes
 from axolotl_gmt.passes import Digit
+from axolotl_gmt.scores import Magnitudes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BITS = {2: torch.int16, 4: torch.int32}
@@ -97,8 +98,8 @@ def check_counts(module: Any, device: str, name: str, layout: str, content: str)
         expected = torch.ones(3, 1 << digit.width, dtype=width, device=device)
         got = expected.clone()
         for tensor, row in zip(tensors, rows, strict=True):
-            passes._count_by_torch(tensor, row, dtype, digit, prefixes, expected)
-        module.count_digits(tensors, rows, dtype, digit, prefixes, got)
+            passes._count_by_torch(Magnitudes(tensor), row, dtype, digit, prefixes, expected)
+        module.count_digits([Magnitudes(t) for t in tensors], rows, dtype, digit, prefixes, got)
         assert torch.equal(got, expected), (digit, width, (got != expected).nonzero()[:5])
 
 
@@ -115,8 +116,8 @@ def check_masks(module: Any, device: str, name: str, layout: str, content: str) 
     totals = torch.zeros(len(rows), 4, dtype=torch.float64, device=device)
     wanted = totals.clone()
     for tensor, row, total in zip(cut(expected), rows, wanted, strict=True):
-        passes._mask_by_torch_(tensor, dtype, thresholds[row], total)
-    module.mask_below_(cut(got), rows, dtype, thresholds, totals)
+        passes._mask_by_torch_(Magnitudes(tensor), dtype, thresholds[row], total)
+    module.mask_below_([Magnitudes(t) for t in cut(got)], rows, dtype, thresholds, totals)
     assert torch.equal(got.view(BITS[dtype.itemsize]), expected.view(BITS[dtype.itemsize]))
     assert torch.equal(totals[:, :2], wanted[:, :2])
     if content != "any patterns" and content != "sparse":  # Squares there leave float32's range.

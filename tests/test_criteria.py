@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import Distribution, EntryPoint
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from axolotl_gmt import GMTCallback, GMTConfig, GradientMasker, criteria
 from axolotl_gmt.criteria import DROP, KEEP, MAGNITUDE, Entries
+from axolotl_gmt.scores import Hashes
 from tests.reference.gmt_reference import masked, masked_by_scores, random_scores
 
 SHAPES = {"layers.0.w": torch.Size((13, 9)), "layers.1.w": torch.Size((30,))}
@@ -116,6 +118,10 @@ def test_random_scores_are_uniform() -> None:
         "w", torch.zeros(200_000), 7, lambda: torch.empty(0), lambda a, b: torch.arange(a, b)
     )
     scores = scorer(entries)
+    assert isinstance(scores, Tensor)
+    hashes = scorer(replace(entries, first_position=0))
+    assert isinstance(hashes, Hashes)
+    assert torch.equal(hashes.values(0, 200_000), scores)
     counts = torch.histc(scores, bins=100, min=0, max=1)
     chi_square = float(((counts - 2000) ** 2 / 2000).sum())
     assert chi_square < 99 + 6 * (2 * 99) ** 0.5

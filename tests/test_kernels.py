@@ -1,27 +1,18 @@
-"""Compiled passes against the torch versions, bit for bit, and what happens without them."""
+"""Compiled passes against the torch versions, bit for bit."""
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
 
-from axolotl_gmt import passes
-from axolotl_gmt.shards import Rows, Shard
-from axolotl_gmt.threshold import find_thresholds, mask_below_
 from tests import kernel_checks
-from tests.kernel_checks import BITS, CONTENTS, DTYPES, LAYOUTS
+from tests.kernel_checks import CONTENTS, DTYPES, LAYOUTS
 
 # The slow interpreter needs no more than the smallest and the largest programs for both designs.
 OLD_TRITON = ["ragged", "many programs"]
@@ -100,105 +91,3 @@ def test_numba_kernels_do_not_depend_on_the_number_of_threads(threads: int) -> N
         kernel_checks.check_masks(kernels_cpu, "cpu", "fp32", "many programs", "normal")
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("backend", ["compiled", "torch"])
-def test_candidates_are_the_entries_that_match_if_these_are_few(
-    backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if backend == "torch":
-        monkeypatch.setattr(passes, "_COMPILED", {})
-        passes._compiled_passes.cache_clear()
-    few = torch.randn(300_000, generator=torch.Generator().manual_seed(0))
-    many = torch.full((1000,), 1.5)
-    prefixes = torch.tensor([int(few[7].abs().view(torch.int32)) >> 16, 0x3FC0])
-    kept_few, kept_many, kept_none = passes.keep_candidates(
-        [few, many, few[:0]], [0, 1, 0], torch.float32, 16, prefixes
-    )
-    matching = few[few.abs().view(torch.int32) >> 16 == prefixes[0]]
-    assert 0 < len(matching) == len(kept_few)
-    assert torch.equal(kept_few, matching)
-    assert kept_many.data_ptr() == many.data_ptr()
-    assert len(kept_none) == 0
-    passes._compiled_passes.cache_clear()
-
-
-def _masked(gradient: Tensor) -> Tensor:
-    entries = gradient.clone()
-    rows = Rows([[Shard("", entries, entries, ())]])
-    thresholds = find_thresholds([entries], rows, 0.5, entries.dtype)
-    mask_below_(
-        [entries], rows.of_shard, entries.dtype, thresholds, torch.zeros(1, 4, dtype=torch.float64)
-    )
-    return entries
-
-
-@pytest.fixture
-def afresh() -> Iterator[None]:
-    """Forget before and after a test which compiled passes there are."""
-    passes._compiled_passes.cache_clear()
-    passes._broken.clear()
-    yield
-    passes._compiled_passes.cache_clear()
-    passes._broken.clear()
-
-
-def _missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "_COMPILED", {"cpu": ("axolotl_gmt.no_such_module", "Numba")})
-
-
-def _broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    from axolotl_gmt import kernels_cpu
-
-    def fail(*arguments: object) -> None:
-        raise RuntimeError("no compiler")
-
-    monkeypatch.setattr(kernels_cpu, "count_digits", fail)
-
-
-@pytest.mark.usefixtures("afresh")
-@pytest.mark.parametrize("without", [_missing, _broken])
-def test_without_kernels_torch_gives_the_same_mask_and_one_warning(
-    without: Callable[[pytest.MonkeyPatch], None],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    gradient = torch.randn(1000, generator=torch.Generator().manual_seed(3))
-    expected = _masked(gradient)
-    passes._compiled_passes.cache_clear()
-    without(monkeypatch)
-    with caplog.at_level(logging.WARNING):
-        for _ in range(3):
-            bits = BITS[gradient.itemsize]
-            assert torch.equal(_masked(gradient).view(bits), expected.view(bits))
-    assert [record.name for record in caplog.records] == ["axolotl_gmt.passes"]
-    assert "Numba cannot be used" in caplog.text
-
-
-def test_kernels_are_imported_when_they_are_needed_and_not_before() -> None:
-    code = (
-        "import sys, axolotl_gmt.threshold\n"
-        "assert not {'triton', 'numba', 'axolotl_gmt.kernels'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_compiled_kernels_are_compared_with_torch_before_a_gpu_uses_them() -> None:
-    kernels_cpu = pytest.importorskip("axolotl_gmt.kernels_cpu")
-    passes.compare_with_torch(kernels_cpu, torch.device("cpu"))
-
-    class Wrong:
-        DTYPES = kernels_cpu.DTYPES
-        mask_below_ = staticmethod(kernels_cpu.mask_below_)
-
-        @staticmethod
-        def count_digits(*arguments: Any) -> None:
-            kernels_cpu.count_digits(*arguments)
-            arguments[-1][0, 5] += 1
-
-    with pytest.raises(RuntimeError, match=r"count of .* differs"):
-        passes.compare_with_torch(cast(ModuleType, Wrong), torch.device("cpu"))
-    Wrong.count_digits = staticmethod(kernels_cpu.count_digits)  # type: ignore[method-assign]
-    Wrong.mask_below_ = staticmethod(lambda *arguments: None)
-    with pytest.raises(RuntimeError, match=r"mask of .* differs"):
-        passes.compare_with_torch(cast(ModuleType, Wrong), torch.device("cpu"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from axolotl_gmt import GMTConfig, GradientMasker
 from axolotl_gmt.masker import group_name
-from tests.reference.gmt_reference import masked
+from tests.reference.gmt_reference import masked, masked_by_scores, random_scores
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -127,6 +127,178 @@ def test_lbfgs_sees_masked_gradients_each_time_it_calls_its_closure() -> None:
     assert int(flat.count_nonzero()) == sum(
         max(1, p.numel() - round(0.8 * p.numel())) for p in model.parameters()
     )
+
+
+def classes_that_step_twice() -> tuple[type[torch.optim.Optimizer], type[torch.optim.Optimizer]]:
+    """A parent and a child whose ``step()`` calls the parent's, both hooked by torch."""
+
+    class Parent(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    class Child(Parent):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    for kind in (torch.optim.SGD, Parent):
+        kind([nn.Parameter(torch.zeros(1))], lr=0.0)  # torch hooks a class at its first instance.
+    return Parent, Child
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_step_within_a_step_masks_once(with_closure: bool) -> None:
+    _, child = classes_that_step_twice()
+    weight = nn.Parameter(torch.zeros(100_000))
+    optimizer = child([weight], lr=1.0)  # type: ignore[call-arg]
+    config = GMTConfig(mask_ratio=0.5, criterion="random", seed=4)
+    masker = GradientMasker([("weight", weight)], config)
+    masker.attach(optimizer)
+
+    def closure() -> float:
+        weight.grad = torch.ones(100_000)
+        return 0.0
+
+    closure()
+    for step in range(3):
+        before = weight.detach().clone()
+        if with_closure:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+        assert masker.step == step + 1
+        scores = random_scores("weight", weight.shape, 4, step)
+        (expected,) = masked_by_scores([torch.ones(100_000)], [scores], 0.5)
+        assert torch.equal(before - weight.detach(), expected)
+        assert masker.statistics()["kept_fraction"] == float(expected.mean())
+
+
+def test_a_step_that_fails_leaves_the_next_one_masked() -> None:
+    _, child = classes_that_step_twice()
+    model = small_model()
+
+    class Failing(child):  # type: ignore[valid-type, misc]
+        fails = True
+
+        def step(self, closure: Any = None) -> Any:
+            super().step(closure)
+            if self.fails:
+                raise RuntimeError("planted")
+
+    optimizer = Failing(model.parameters(), lr=1.0)
+    GradientMasker(model.named_parameters(), GMTConfig(mask_ratio=0.8)).attach(optimizer)
+    errors = []  # Kept, as a notebook does, and with them the frames of the step.
+    for optimizer.fails in (True, True, False):
+        optimizer.zero_grad()
+        backward(model)
+        try:
+            optimizer.step()
+        except RuntimeError as error:
+            errors.append(error)
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            kept = int(parameter.grad.count_nonzero())
+            assert kept == max(1, parameter.numel() - round(0.8 * parameter.numel()))
+    assert len(errors) == 2
+
+
+def test_all_masks_of_a_step_with_a_closure_are_drawn_for_that_step() -> None:
+    weight = nn.Parameter(torch.ones(1000))
+    optimizer = torch.optim.LBFGS([weight], max_iter=3)
+    masker = GradientMasker([("weight", weight)], GMTConfig(criterion="random"))
+    masker.attach(optimizer)
+    kept = []
+
+    def closure() -> Tensor:
+        if weight.grad is not None:
+            kept.append(weight.grad != 0)
+        optimizer.zero_grad()
+        loss: Tensor = weight.pow(4).sum()
+        loss.backward()
+        return loss
+
+    for step in range(2):
+        optimizer.step(closure)
+        assert masker.step == step + 1
+        assert weight.grad is not None
+        kept.append(weight.grad != 0)
+    per_step = len(kept) // 2
+    assert per_step > 1
+    assert all(torch.equal(mask, kept[0]) for mask in kept[:per_step])
+    assert not torch.equal(kept[0], kept[-1])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_compiled_step_masks_once_and_compiles_nothing_of_the_masker(nested: bool) -> None:
+    from torch._dynamo.utils import counters
+
+    kind = classes_that_step_twice()[1] if nested else torch.optim.SGD
+    model = small_model()
+    optimizer = kind(model.parameters(), lr=1.0, foreach=True)  # type: ignore[call-arg]
+    masker = GradientMasker(model.named_parameters(), GMTConfig(criterion="random", seed=4))
+    masker.attach(optimizer)
+    torch._dynamo.reset()
+    counters.clear()
+    step = torch.compile(optimizer.step, backend="eager")
+    for number in range(3):
+        optimizer.zero_grad()
+        backward(model, number)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        expected = []
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            scores = random_scores(name, parameter.shape, 4, number)
+            expected += masked_by_scores([parameter.grad.clone()], [scores], 0.5)
+        step()
+        for parameter, old, gradient in zip(model.parameters(), before, expected, strict=True):
+            assert torch.equal(parameter, old - gradient)
+    assert masker.step == 3
+    assert counters["stats"]["unique_graphs"] <= 6, counters["stats"]
+
+
+class Wrapper:
+    def __init__(self, base: torch.optim.Optimizer) -> None:
+        self.base = base
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (
+            Wrapper(torch.optim.SGD([torch.zeros(1)])),
+            "Wrapper is no torch optimizer.*attribute base",
+        ),
+        ([torch.optim.SGD([torch.zeros(1)])], "list is no torch optimizer.*Attach to the torch"),
+        (None, "NoneType is no torch optimizer"),
+    ],
+)
+def test_attaching_to_what_is_no_optimizer_says_what_to_attach_to(
+    optimizer: object, message: str
+) -> None:
+    with pytest.raises(TypeError, match=message):
+        GradientMasker(small_model().named_parameters()).attach(optimizer)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_ratio_zero_leaves_gradients_alone_that_cannot_be_masked(kind: str) -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        if kind == "sparse":
+            return nn.Embedding(10, 4, sparse=True)
+        return nn.Linear(10, 4, dtype=torch.complex64)
+
+    models = model(), model()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in models]
+    masker = GradientMasker(models[0].named_parameters(), GMTConfig(mask_ratio=0))
+    masker.attach(optimizers[0])
+    for m, optimizer in zip(models, optimizers, strict=True):
+        data = torch.arange(10)
+        loss = m(data if kind == "sparse" else data.to(torch.complex64)).abs().sum()
+        loss.backward()
+        optimizer.step()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert masker.statistics() == {}
 
 
 def test_tied_weights_are_masked_once_and_found_under_any_name() -> None:

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from axolotl_gmt import passes
+from axolotl_gmt.passes import mask_below_
+from axolotl_gmt.scores import Hashes, Magnitudes, Products, Scores
 from axolotl_gmt.shards import Rows, Shard
-from axolotl_gmt.threshold import common_dtype, find_thresholds, mask_below_
-from tests.reference.gmt_reference import masked
+from axolotl_gmt.threshold import common_dtype, find_thresholds
+from tests.reference.gmt_reference import masked, masked_by_scores
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -26,9 +28,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         if request.param == "torch":
             monkeypatch.setattr(passes, "_COMPILED", {})
-        passes._compiled_passes.cache_clear()
+        passes.forget_backends()
         yield
-    passes._compiled_passes.cache_clear()
+    passes.forget_backends()
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -45,9 +47,10 @@ def fast(gradients: list[Tensor], mask_ratio: float) -> tuple[list[Tensor], Tens
     entries = [gradient.clone() for gradient in gradients]
     dtype = common_dtype([gradient.dtype for gradient in gradients])
     rows = rows_of([entries])
-    thresholds = find_thresholds(entries, rows, mask_ratio, dtype)
+    scores = [Magnitudes(tensor) for tensor in entries]
+    thresholds = find_thresholds(scores, rows, mask_ratio, dtype)
     totals = torch.zeros(len(entries), 4, dtype=torch.float64)
-    mask_below_(entries, rows.of_shard, dtype, thresholds, totals)
+    mask_below_(scores, rows.of_shard, dtype, thresholds, totals)
     return entries, totals
 
 
@@ -117,7 +120,8 @@ def test_tensors_of_several_chunks(dtype: torch.dtype, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_groups_do_not_see_each_other(dtype: torch.dtype) -> None:
     groups = [torch.arange(1, 101).to(dtype), torch.arange(1, 101).to(dtype) * 64]
-    thresholds = find_thresholds(groups, rows_of([[group] for group in groups]), 0.5, dtype)
+    scores = [Magnitudes(group) for group in groups]
+    thresholds = find_thresholds(scores, rows_of([[group] for group in groups]), 0.5, dtype)
     values = thresholds.to(BITS[dtype.itemsize]).view(dtype)
     assert values.tolist() == [51, 51 * 64]
 
@@ -149,4 +153,77 @@ def test_denormals_are_told_apart_even_if_the_cpu_flushes_them() -> None:
 
 def test_an_empty_group_has_threshold_zero() -> None:
     nothing = [torch.empty(0)]
-    assert find_thresholds(nothing, rows_of([nothing]), 0.5, torch.float32).tolist() == [0]
+    scores = [Magnitudes(nothing[0])]
+    assert find_thresholds(scores, rows_of([nothing]), 0.5, torch.float32).tolist() == [0]
+
+
+@st.composite
+def scored(draw: st.DrawFn) -> Scores:
+    """Products or hashes over any gradient, at addresses of any alignment."""
+    entries = draw(gradient().filter(lambda tensor: tensor.dtype != torch.float64))
+    if draw(st.booleans()):
+        return Hashes(entries, draw(st.integers(-(2**63), 2**63 - 1)), draw(st.integers(0, 2**50)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    weights = torch.randn(len(entries) + 3, generator=generator)
+    weights[:3] = torch.tensor([0.0, math.inf, math.nan])
+    weights = weights.to(draw(st.sampled_from(DTYPES)))
+    start = draw(st.integers(0, 3))
+    return Products(entries, weights[start : start + len(entries)])
+
+
+@given(scores=st.lists(scored(), min_size=1, max_size=5), mask_ratio=RATIOS)
+@settings(max_examples=100, deadline=None)
+def test_scores_of_any_kinds_are_masked_like_the_reference(
+    scores: list[Scores], mask_ratio: float
+) -> None:
+    before = [score.entries.clone() for score in scores]
+    values = [score.values(0, len(score.entries)).clone() for score in scores]
+    rows = rows_of([[score.entries for score in scores]])
+    thresholds = find_thresholds(scores, rows, mask_ratio, torch.float32)
+    totals = torch.zeros(len(scores), 4, dtype=torch.float64)
+    mask_below_(scores, rows.of_shard, torch.float32, thresholds, totals)
+    for score, expected in zip(scores, masked_by_scores(before, values, mask_ratio), strict=True):
+        assert torch.equal(bits(score.entries), bits(expected))
+
+
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.03, 0.5, 0.999])
+@pytest.mark.parametrize("sizes", [[700_001], [9_216, 100, 65_537], [12, 5], [3]])
+def test_hashes_of_large_tensors_are_masked_like_the_reference(
+    sizes: list[int], mask_ratio: float
+) -> None:
+    scores = [Hashes(torch.randn(size), 77, 1000 * size) for size in sizes]
+    before = [score.entries.clone() for score in scores]
+    values = [score.values(0, len(score.entries)).clone() for score in scores]
+    rows = rows_of([[score.entries for score in scores]])
+    thresholds = find_thresholds(scores, rows, mask_ratio, torch.float32)
+    totals = torch.zeros(len(scores), 4, dtype=torch.float64)
+    mask_below_(scores, rows.of_shard, torch.float32, thresholds, totals)
+    for score, expected in zip(scores, masked_by_scores(before, values, mask_ratio), strict=True):
+        assert torch.equal(score.entries, expected)
+
+
+def test_scores_that_are_not_near_where_they_should_be_are_still_masked_exactly() -> None:
+    entries = torch.full((100_000,), math.inf)
+    entries[:30_000] = 1.0  # Of these alone the scores are uniform; all others win.
+    scores = [Hashes(entries, 3, 0)]
+    before, values = entries.clone(), scores[0].values(0, len(entries)).clone()
+    rows = rows_of([[entries]])
+    thresholds = find_thresholds(scores, rows, 0.2, torch.float32)
+    mask_below_(scores, [0], torch.float32, thresholds, torch.zeros(1, 4, dtype=torch.float64))
+    assert torch.equal(entries, masked_by_scores([before], [values], 0.2)[0])
+    assert not torch.equal(entries, before)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+def test_large_tensors_of_other_dtypes_in_a_group_are_masked_like_the_reference(
+    narrow: torch.dtype,
+) -> None:
+    generator = torch.Generator().manual_seed(5)
+    gradients = [
+        torch.randn(200_000, generator=generator).to(narrow),
+        torch.randn(50, generator=generator),
+        torch.randn(70_000, generator=generator).to(narrow),
+    ]
+    # A threshold that is a value of the narrow dtype, and thresholds that lie between two.
+    for mask_ratio in (0.1, 0.5, 0.93):
+        assert_like_reference(gradients, mask_ratio)

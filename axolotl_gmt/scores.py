@@ -1,0 +1,140 @@
+"""How the entries of one flat tensor score: the four kinds of scores that the passes can read.
+
+A score is made where a pass needs it, from what stands in its fields, and is kept nowhere but in
+:class:`Given`. Scores are never negative and never NaN, and an entry that is NaN or infinite has
+one that is at least infinity's, so that it always survives.
+
+Knows flat tensors only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Kind(NamedTuple):
+    """What decides which code a pass over scores needs."""
+
+    scores: type[Scores]
+    entries: torch.dtype
+    weights: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of the entries of one flat tensor.
+
+    Attributes:
+        entries: The gradient's entries, shape ``(entries,)``, which a mask sets to zero.
+    """
+
+    entries: Tensor
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of scores, and the dtypes that they are made of."""
+        return Kind(type(self), self.entries.dtype, None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of :meth:`values`."""
+        return torch.float32
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """The scores of the entries from ``start`` to ``stop``, whose signs do not count."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Magnitudes(Scores):
+    """The magnitude of an entry, in the dtype of the entries."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the entries."""
+        return self.entries.dtype
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """See :meth:`Scores.values`."""
+        return self.entries[start:stop]
+
+
+@dataclass(frozen=True)
+class Products(Scores):
+    """``|entry * weight|`` in float32; infinite where that is NaN, as infinity times 0 is.
+
+    Attributes:
+        weights: Shape ``(entries,)``, any floating dtype, on the device of the entries.
+    """
+
+    weights: Tensor
+
+    @property
+    def kind(self) -> Kind:
+        """See :attr:`Scores.kind`."""
+        return Kind(Products, self.entries.dtype, self.weights.dtype)
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """See :meth:`Scores.values`."""
+        products = self.entries[start:stop].float() * self.weights[start:stop].float()
+        return products.abs_().nan_to_num_(nan=math.inf, posinf=math.inf)
+
+
+@dataclass(frozen=True)
+class Hashes(Scores):
+    """Uniform in [0, 1), a hash of the entry's position; infinite where the entry is not finite.
+
+    Attributes:
+        key: Signed 64-bit number that makes one draw differ from another.
+        first: The position of the first entry; each next entry's is one more.
+    """
+
+    key: int
+    first: int
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """See :meth:`Scores.values`."""
+        entries = self.entries[start:stop]
+        positions = torch.arange(self.first + start, self.first + stop, device=entries.device)
+        return uniform(positions, self.key).masked_fill_(~entries.isfinite(), math.inf)
+
+
+@dataclass(frozen=True)
+class Given(Scores):
+    """Scores that a criterion has made as a tensor.
+
+    Attributes:
+        scores: float32, shape ``(entries,)``, on the device of the entries, infinite where an
+            entry is not finite.
+    """
+
+    scores: Tensor
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """See :meth:`Scores.values`."""
+        return self.scores[start:stop]
+
+
+def uniform(positions: Tensor, key: int) -> Tensor:
+    """Numbers in [0, 1) from int64 positions: splitmix64 of each, its upper 24 bits as a float32.
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    """
+    x = positions * _signed(0x9E3779B97F4A7C15) + key  # int64 arithmetic wraps around
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ _shift_right(x, shift)) * _signed(factor)
+    x = x ^ _shift_right(x, 31)
+    return _shift_right(x, 40).float() * 2.0**-24
+
+
+def _signed(bits: int) -> int:
+    return bits - (bits >> 63 << 64)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
