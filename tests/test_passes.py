@@ -126,10 +126,16 @@ def test_threads_that_cannot_start_change_nothing(
         start(thread)
 
     kernels_cpu._pool.cache_clear()
+    counts = torch.zeros(1, 1 << 15, dtype=torch.int32)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         optimizer.step()
+        kernels_cpu._pool.cache_clear()
+        started = iter(range(startable))
+        scores = [Magnitudes(gradients[0])]
+        passes.count_digits(scores, [0], torch.float32, passes.Digit(16, 15), None, counts)
     assert_masked(optimizer, gradients)
+    assert int(counts.sum()) == 2_000_000
     kernels_cpu._pool.cache_clear()
 
 
