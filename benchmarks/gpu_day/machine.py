@@ -1,7 +1,8 @@
-"""Prints the machine that a day is spent on. A process of its own, since it opens the GPU."""
+"""Writes down the machine that a day is spent on. A process of its own, since it opens the GPU."""
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -10,9 +11,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import measuring
+from benchmarks.gpu_day.children import ROOT
 from benchmarks.gpu_day.record import Machine
 
-ROOT = Path(__file__).parents[2]
 _PACKAGES = ("axolotl", "axolotl-gmt", "trl", "accelerate", "deepspeed")
 
 
@@ -51,5 +52,12 @@ def _output(program: str, *arguments: str) -> str | None:
     return lines[0].strip() if result.returncode == 0 and lines else None
 
 
+def main() -> None:
+    """Write the machine to the file that the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.parse_args().json.write_text(machine().model_dump_json(), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    print(machine().model_dump_json())
+    main()
