@@ -110,6 +110,8 @@ def main(arguments: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) 
 
 def _outcome(result: Result, from_before: bool) -> str:
     words = f"{result.outcome}: {result.reason}" if result.reason else result.outcome
+    if result.outcome == "not run":
+        return words
     if result.outcome == "failed" and not result.reason:
         missed = [line.what for line in result.lines if line.passed is False]
         words = f"failed, target missed: {'; '.join(missed)}"
@@ -122,5 +124,6 @@ def _end(number: int, _: object) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _end)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, _end)
     sys.exit(main())

@@ -16,9 +16,11 @@ from benchmarks.gpu_day.children import ROOT, last_words, run_child
 from benchmarks.gpu_day.parts import Part, Place
 from benchmarks.gpu_day.record import (
     Day,
+    Line,
     Machine,
     RecordError,
     Result,
+    Row,
     load,
     read_rows,
     save,
@@ -91,8 +93,7 @@ def take_up(folder: Folder, tiny: bool, again: bool) -> Day:
     Raises:
         RecordError: If it holds results of another machine or code, and ``again`` is not set.
     """
-    # Whether there is a GPU is not known yet, so the child must see it unless told otherwise.
-    machine = find_machine(folder, variables(tiny))
+    machine = find_machine(folder, variables(tiny=False))
     tiny = tiny or machine.gpu is None
     new = Day(date=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC", tiny=tiny, machine=machine)
     old = load(folder.path)
@@ -126,8 +127,6 @@ def why_not(part: Part, day: Day) -> str:
 
 def run_part(part: Part, day: Day, folder: Folder, seconds_left: float) -> Result:
     """Run one part; whatever goes wrong in it is in its result."""
-    if reason := why_not(part, day):
-        return Result(outcome="not run", reason=reason)
     if seconds_left < _LEAST_S:
         return Result(outcome="failed", reason="not started: the time for all parts was over")
     rows, log = folder.rows(part.name), folder.log(part.name)
@@ -136,25 +135,28 @@ def run_part(part: Part, day: Day, folder: Folder, seconds_left: float) -> Resul
     command = part.command(place)
     limit = min(part.limit, seconds_left)
     ended = run_child(command, variables(day.tiny), log, limit)
-    lines, found, reason = (), (), ""
+    lines: tuple[Line, ...] = ()
+    found: tuple[Row, ...] = ()
+    reason = ""
+    try:
+        found = read_rows(rows)
+        lines = tuple(part.lines(found, place))
+        if not lines:
+            reason = f"it measured nothing ({log.name})"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        reason = f"its figures cannot be read: {type(error).__name__}: {error} ({log.name})"
     if ended.code is None:
         reason = f"ended after {limit:.0f} s; its last words: {last_words(log)} ({log.name})"
-    elif ended.code != 0:
+    elif ended.code != 0:  # What it wrote before is kept: it may have broken down at its exit.
         how = f"signal {-ended.code}" if ended.code < 0 else f"exit code {ended.code}"
         reason = f"{how}: {last_words(log)} ({log.name})"
-    else:
-        try:
-            found = read_rows(rows)
-            lines = tuple(part.lines(found, place))
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            reason = f"its figures cannot be read: {type(error).__name__}: {error} ({log.name})"
     rows.unlink(missing_ok=True)
     missed = reason or any(line.passed is False for line in lines)
     return Result(
         outcome="failed" if missed else "passed",
         reason=reason,
         seconds=ended.seconds,
-        command=shlex.join(command),
+        command=shlex.join(["python", *command[1:]]).replace(str(folder.path), "DIR"),
         lines=lines,
         rows=found,
     )
@@ -181,6 +183,9 @@ def run_day(
         again: Whether parts that passed are run too.
         on_start: Called with a part that is about to run and its limit in seconds.
         on_end: Called with a part, its result, and whether that is from before.
+
+    Raises:
+        OSError: If the folder cannot be written.
     """
     end = time.monotonic() + seconds
     for part in parts:
@@ -188,8 +193,11 @@ def run_day(
         if before is not None and before.outcome == "passed" and not again:
             on_end(part, before, True)
             continue
-        left = max(0.0, end - time.monotonic())
-        on_start(part, min(part.limit, left))
-        day.results[part.name] = run_part(part, day, folder, left)
+        if reason := why_not(part, day):
+            day.results[part.name] = Result(outcome="not run", reason=reason)
+        else:
+            left = max(0.0, end - time.monotonic())
+            on_start(part, min(part.limit, left))
+            day.results[part.name] = run_part(part, day, folder, left)
         save(day, order, folder.path)
         on_end(part, day.results[part.name], False)

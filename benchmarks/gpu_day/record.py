@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -12,7 +12,7 @@ from axolotl_gmt.files import whole
 
 JSON_FILE, TABLE_FILE = "gpu_day.json", "gpu_day.md"
 
-Row = dict[str, object]
+Row = dict[str, Any]
 """A row of figures as a child process wrote it."""
 
 
@@ -47,7 +47,7 @@ class Result(_Record):
         outcome: ``not run`` says that the part cannot run on this machine, which is no failure.
         reason: Why it failed or was not run; empty if it passed.
         seconds: How long it took.
-        command: What was run, and from where it can be run again: the repository's root.
+        command: What was run from the repository's root; DIR is the folder of the day.
         lines: What it measured.
         rows: The figures behind the lines, as the child process wrote them.
     """

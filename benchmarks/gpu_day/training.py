@@ -88,20 +88,27 @@ RUNS = {
 }
 
 
-def prepare_model(folder: Folder, device: str) -> str:
-    """Write the model that is not there yet, before the quickstart would; returns its name."""
+def prepare_folder(parent: Path, device: str) -> tuple[Folder, str]:
+    """Write model, data and recipes that are not there yet; returns their folder, the model's name.
+
+    Each model has a folder of its own, so that none is taken for another.
+    """
     if device == "cuda":
         try:
             find_gguf()
-            return MODEL_NAME
+            folder = Folder(parent / MODEL_NAME)
+            prepare(folder)
+            return folder, MODEL_NAME
         except QuickstartError as error:
             print(f"A random model takes the place of {MODEL_NAME}: {error}")
     hidden = 512 if device == "cuda" else 64
+    folder = Folder(parent / f"random-{hidden}")
     folder.path.mkdir(parents=True, exist_ok=True)
     if not folder.base_model.exists():
         with whole(folder.base_model) as part:
             write_toy_model(part, hidden)
-    return f"random Llama, {hidden} wide"
+    prepare(folder)  # Leaves the model alone that is there.
+    return folder, f"random Llama, {hidden} wide"
 
 
 def write_config(name: str, folder: Folder, device: str) -> tuple[Path, Path]:
@@ -176,9 +183,7 @@ def main() -> None:
     options = parser.parse_args()
     os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     sys.argv = ["axolotl"]  # Axolotl reads it.
-    folder = Folder(options.folder)
-    model = prepare_model(folder, options.device)
-    prepare(folder)
+    folder, model = prepare_folder(options.folder, options.device)
     config, output = write_config(options.run, folder, options.device)
     shutil.rmtree(output, ignore_errors=True)
     if RUNS[options.run].distributed:

@@ -33,6 +33,7 @@ def check_sums(device: str) -> None:
 
     backend = "nccl" if device == "cuda" else "gloo"
     group = dist.new_group(backend=backend)
+    assert isinstance(group, dist.ProcessGroup)
     for dtype in (torch.int32, torch.int64, torch.float64):
         values = torch.arange(100_000).to(dtype)
         before = values.clone()
