@@ -345,6 +345,8 @@ def test_a_wait_for_the_device_and_a_wrong_mask_miss_their_targets(tmp_path: Pat
     (line,) = parts.exact([right, wrong], gpu(tmp_path))
     assert line.passed is False
     assert line.measured == "1 of 2; bf16, ragged: AssertionError: 3 entries"
+    (line,) = parts.exact([right, wrong, wrong, wrong], gpu(tmp_path))
+    assert line.measured.endswith("AssertionError: 3 entries; and 2 more in the log")
 
 
 def test_a_run_that_was_not_masked_or_lacks_steps_has_no_row(tmp_path: Path) -> None:

@@ -97,8 +97,10 @@ def exact(rows: Rows, _: Place) -> Iterable[Line]:
         of_kind = [row for row in rows if row["kind"] == kind]
         wrong = [row for row in of_kind if row["error"]]
         measured = f"{len(of_kind) - len(wrong)} of {len(of_kind)}"
-        for row in wrong:
-            measured += f"; {row['check']}: {row['error'][:150]}"
+        if wrong:
+            measured += f"; {wrong[0]['check']}: {wrong[0]['error'][:150]}"
+        if len(wrong) > 1:
+            measured += f"; and {len(wrong) - 1} more in the log"
         what = f"{kind}: checks that are exact"
         yield Line(what=what, measured=measured, target="all", passed=not wrong)
 
