@@ -144,12 +144,12 @@ def test_a_part_that_measured_nothing_has_not_passed(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("no_gpu")
 def test_a_part_that_hangs_is_ended_at_its_limit(tmp_path: Path) -> None:
     start = time.monotonic()
-    some = [part("hangs", HANG, limit=1), part("last", WRITE_ROWS)]
+    some = [part("hangs", HANG, limit=3), part("last", WRITE_ROWS)]
     assert main(["--out", str(tmp_path)], some) == 1
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 60
     result = record(tmp_path).results["hangs"]
-    assert result.reason == "ended after 1 s; its last words: entered (hangs.log)"
-    assert 1 <= result.seconds < 10
+    assert result.reason == "ended after 3 s; its last words: entered (hangs.log)"
+    assert 3 <= result.seconds < 15
     assert record(tmp_path).results["last"].outcome == "passed"
 
 
@@ -165,7 +165,7 @@ def test_a_child_that_ignores_the_end_is_killed_with_all_that_it_started(
         "time.sleep(600)\n"
     )
     log = tmp_path / "log"
-    ended = run_child([sys.executable, "-c", code], {}, log, limit=2)
+    ended = run_child([sys.executable, "-c", code], {}, log, limit=5)
     assert ended.code is None
     pid = int(log.read_text())
     for _ in range(100):  # Until whoever inherited the grandchild has reaped it.
