@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from measuring import TRIAL
 from torch import Tensor
 
 from axolotl_gmt import GMTConfig, GradientMasker
@@ -38,6 +39,7 @@ class Llama:
 
 
 MODELS = {
+    TRIAL: Llama(64, 128, 2, 32, 512, tied=True),
     "SmolLM2-135M": Llama(576, 1536, 30, 192, 49152, tied=True),
     "Llama-1B": Llama(2048, 8192, 16, 512, 128256, tied=True),
     "Llama-7B": Llama(4096, 11008, 32, 4096, 32000, tied=False),

@@ -15,11 +15,16 @@ from gradients import (
     mask_by_unsorted_topk,
     mask_step_of,
 )
-from measuring import Row, arguments, devices, in_turns, median_ms, save, show
+from measuring import TRIAL, Row, arguments, chosen, in_turns, median_ms, save, show
 
 MASK_RATIO = 0.5
 CASES = {
-    "cpu": [("SmolLM2-135M", "bf16"), ("SmolLM2-135M", "fp32")],
+    "cpu": [
+        ("SmolLM2-135M", "bf16"),
+        ("SmolLM2-135M", "fp32"),
+        (TRIAL, "bf16"),
+        (TRIAL, "fp32"),
+    ],
     "cuda": [("Llama-1B", "bf16"), ("Llama-1B", "fp32"), ("Llama-7B", "bf16")],
 }
 
@@ -62,13 +67,12 @@ def measure(model: str, dtype: str, device: str, runs: int) -> list[Row]:
 
 def main() -> None:
     """Measure on every device there is."""
-    options = arguments(__doc__, runs=5)
+    options = arguments(__doc__, MODELS, runs=5)
     rows = []
-    for device in [options.device] if options.device else devices():
-        for model, dtype in CASES[device]:
-            found = measure(model, dtype, device, options.runs)
-            show(f"{model}, {dtype}, {device}: medians of {options.runs} runs", found)
-            rows += found
+    for device, model, dtype in chosen(CASES, options):
+        found = measure(model, dtype, device, options.runs)
+        show(f"{model}, {dtype}, {device}: medians of {options.runs} runs", found)
+        rows += found
     save(options.json, rows)
 
 

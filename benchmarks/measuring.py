@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +21,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 Row = dict[str, Any]
+Case = tuple[Any, ...]
+
+TRIAL = "trial"
+"""A model that is only measured when it is asked for: it shows in seconds that a script runs."""
 
 console = Console()
 
@@ -33,14 +37,29 @@ def devices() -> list[str]:
     return ["cpu"]
 
 
-def arguments(description: str, **defaults: int) -> argparse.Namespace:
-    """Arguments that all benchmarks have, and whole numbers of their own."""
+def arguments(description: str, models: Iterable[str] = (), **defaults: int) -> argparse.Namespace:
+    """Arguments that all benchmarks have, the models to choose from, and whole numbers."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="only this device")
+    if models:
+        parser.add_argument("--model", choices=list(models), help="only this model")
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     return parser.parse_args()
+
+
+def chosen(cases: Mapping[str, Sequence[Case]], options: argparse.Namespace) -> Iterator[Case]:
+    """The cases that ``--device`` and ``--model`` leave, each with its device before it.
+
+    Args:
+        cases: By device; each starts with its model.
+        options: What :func:`arguments` returned.
+    """
+    for device in [options.device] if options.device else devices():
+        for case in cases[device]:
+            if case[0] == (options.model or case[0]) and (options.model or case[0] != TRIAL):
+                yield (device, *case)
 
 
 def in_turns(

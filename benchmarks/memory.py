@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from gradients import DTYPES, MODELS, Gradients, mask_by_unsorted_topk, mask_step_of
-from measuring import Row, arguments, devices, save, show
+from measuring import TRIAL, Row, arguments, chosen, save, show
 
 CASES = {
-    "cpu": [("SmolLM2-135M", "bf16"), ("SmolLM2-135M", "fp32")],
+    "cpu": [("SmolLM2-135M", "bf16"), ("SmolLM2-135M", "fp32"), (TRIAL, "bf16")],
     "cuda": [("Llama-1B", "bf16"), ("Llama-7B", "bf16"), ("Llama-1B", "fp32")],
 }
 
@@ -73,13 +73,12 @@ def measure(model: str, dtype: str, device: str) -> list[Row]:
 
 def main() -> None:
     """Measure on every device there is."""
-    options = arguments(__doc__)
+    options = arguments(__doc__, MODELS)
     rows = []
-    for device in [options.device] if options.device else devices():
-        for model, dtype in CASES[device]:
-            found = measure(model, dtype, device)
-            show(f"{model}, {dtype}, {device}", found)
-            rows += found
+    for device, model, dtype in chosen(CASES, options):
+        found = measure(model, dtype, device)
+        show(f"{model}, {dtype}, {device}", found)
+        rows += found
     save(options.json, rows)
 
 

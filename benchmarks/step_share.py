@@ -11,13 +11,16 @@ from collections import defaultdict
 
 import torch
 from gradients import MODELS, NoStep
-from measuring import Row, arguments, devices, median_ms, save, show, steps
+from measuring import TRIAL, Row, arguments, chosen, median_ms, save, show, steps
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from axolotl_gmt import GMTConfig, GradientMasker
 
-CASES = {"cpu": ("SmolLM2-135M", 4, 1024), "cuda": ("Llama-1B", 8, 1024)}
-HEADS = {"SmolLM2-135M": (9, 3), "Llama-1B": (32, 8)}
+CASES = {
+    "cpu": [("SmolLM2-135M", 4, 1024), (TRIAL, 2, 64)],
+    "cuda": [("Llama-1B", 8, 1024)],
+}
+HEADS = {"SmolLM2-135M": (9, 3), "Llama-1B": (32, 8), TRIAL: (4, 2)}
 
 
 def model_of(name: str, device: str) -> LlamaForCausalLM:
@@ -37,9 +40,8 @@ def model_of(name: str, device: str) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).to(device=device, dtype=torch.bfloat16)
 
 
-def measure(device: str, runs: int) -> list[Row]:
+def measure(device: str, name: str, batch: int, length: int, runs: int) -> list[Row]:
     """One row for each part of the step, and one for all of it."""
-    name, batch, length = CASES[device]
     model = model_of(name, device)
     parameters = list(model.parameters())
     adamw = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
@@ -87,11 +89,10 @@ def measure(device: str, runs: int) -> list[Row]:
 
 def main() -> None:
     """Measure on every device there is."""
-    options = arguments(__doc__, runs=5)
+    options = arguments(__doc__, MODELS, runs=5)
     rows = []
-    for device in [options.device] if options.device else devices():
-        found = measure(device, options.runs)
-        name, batch, length = CASES[device]
+    for device, name, batch, length in chosen(CASES, options):
+        found = measure(device, name, batch, length, options.runs)
         show(f"{name}, bf16, {batch * length:,} tokens, {device}", found)
         rows += found
     save(options.json, rows)
