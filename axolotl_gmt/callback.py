@@ -23,7 +23,7 @@ from axolotl_gmt.files import whole
 from axolotl_gmt.masker import GradientMasker
 from axolotl_gmt.report import FOLDER, write_report
 from axolotl_gmt.shards import shape
-from axolotl_gmt.training_log import RECORD, STATE_FILE, parse_state
+from axolotl_gmt.training_log import RECORD, STATE_FILE, NothingLoggedError, parse_state
 from axolotl_gmt.zero import check_deepspeed_config
 
 LOG = logging.getLogger(__name__)
@@ -170,6 +170,12 @@ def _leave_report(state: TrainerState, folder: Path) -> None:
         log = parse_state(vars(state), folder.resolve().name)
         page, *_ = write_report(log, folder / FOLDER)
         LOG.info(f"The report of this run with GMT is {page}")
+    except NothingLoggedError:
+        LOG.warning(
+            f"Gradient-Mask Tuning: there is no report, since this run ended after "
+            f"{state.global_step} steps, before its first log. For the next one set logging_steps "
+            f"(now {state.logging_steps}) to a part of these."
+        )
     except Exception as error:  # The model has yet to be saved, and no report is worth a model.
         LOG.warning(
             f"Gradient-Mask Tuning: the report was not written: {error} Training goes on; make it "

@@ -42,6 +42,10 @@ class LogError(Exception):
     """A run whose log cannot be read; the message says which file, why, and what to do."""
 
 
+class NothingLoggedError(LogError):
+    """A run that has logged no training step."""
+
+
 @dataclass(frozen=True)
 class Curve:
     """One logged quantity: its values, of shape [logs], at ascending optimizer steps.
@@ -240,7 +244,7 @@ def read_log(state_file: Path) -> TrainingLog:
     try:
         return parse_state(state, name)
     except LogError as error:
-        raise LogError(f"{state_file}: {error}") from None
+        raise type(error)(f"{state_file}: {error}") from None
 
 
 def parse_state(state: object, name: str) -> TrainingLog:
@@ -252,7 +256,8 @@ def parse_state(state: object, name: str) -> TrainingLog:
         name: What to call the run.
 
     Raises:
-        LogError: If nothing is left.
+        NothingLoggedError: If no training step was logged.
+        LogError: If nothing else is left.
     """
     history = state.get("log_history") if isinstance(state, Mapping) else None
     if not isinstance(state, Mapping) or not isinstance(history, list):
@@ -260,7 +265,7 @@ def parse_state(state: object, name: str) -> TrainingLog:
     entries = [entry for entry in history if isinstance(entry, Mapping)]
     curves = {key: curve for key in CURVES if (curve := _curve(entries, key)) is not None}
     if not curves:
-        raise LogError(
+        raise NothingLoggedError(
             "no training step was logged. Wait for the run's first log, or train with a smaller "
             "logging_steps."
         )

@@ -249,6 +249,17 @@ def test_a_report_that_fails_does_not_fail_the_training(
     assert (tmp_path / "my out" / "gmt_report" / "index.html").is_file()
 
 
+def test_a_run_that_logs_nothing_says_so_and_offers_no_command_that_cannot_succeed(
+    toy_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = plain_trainer(toy_model, tmp_path, GMTCallback(), logging_steps=500)
+    assert trainer.train().global_step == 4
+    assert "this run ended after 4 steps, before its first log" in caplog.text
+    assert "logging_steps (now 500)" in caplog.text
+    assert "python -m axolotl_gmt report" not in caplog.text
+    assert not (tmp_path / "gmt_report").exists()
+
+
 def test_only_one_process_writes_the_report(tmp_path: Path) -> None:
     history = [{"step": 1, "loss": 1.0}]
     for is_zero in (False, True):
