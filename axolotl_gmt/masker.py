@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,7 +38,10 @@ from axolotl_gmt.shards import (
     Rows,
     Shard,
     StepGradients,
+    check_same_on_all_ranks,
+    groups_of,
     plain_name,
+    raise_together,
     shape,
     step_gradients,
     sum_over_ranks,
@@ -98,6 +102,7 @@ class GradientMasker:
         self._scorers: dict[str, Scorer] = {}
         self._bad_scores: dict[torch.device, Tensor] = {}
         self._totals: list[tuple[list[str], Tensor]] = []
+        self._is_first = True
         self.step = 0
 
     def attach(self, optimizer: object) -> RemovableHandle:
@@ -121,6 +126,8 @@ class GradientMasker:
             raise ValueError(
                 "include and exclude together leave no parameter to mask. Change the patterns."
             )
+        groups = groups_of(gradients.ranks(parameter) for _, parameter in masked)
+        check_same_on_all_ranks(self._facts(masked, gradients), groups)
         self._find_scorers(masked)
         handle = self._handles.get(gradients.optimizer)
         if handle is not None and handle.id in (handle.hooks_dict_ref() or ()):
@@ -149,7 +156,21 @@ class GradientMasker:
                 )
             if self._selected[parameter]:
                 masked.append((names[0], parameter))
-        return masked
+        # The same order on every rank, also where an optimizer was made of a set.
+        return sorted(masked, key=itemgetter(0))
+
+    def _facts(
+        self, masked: Sequence[tuple[str, Tensor]], gradients: StepGradients
+    ) -> dict[str, str]:
+        """What ranks that share a gradient must have in common to choose one mask."""
+        facts = {
+            f"{setting} (gmt_{setting} in YAML)": repr(getattr(self.config, setting))
+            for setting in ("mask_ratio", "granularity", "criterion", "include", "exclude", "seed")
+        }
+        return facts | {
+            name: f"{tuple(shape(parameter))} {parameter.dtype}, {gradients.layout(parameter)}"
+            for name, parameter in masked
+        }
 
     def _find_scorers(self, masked: Sequence[tuple[str, Tensor]]) -> None:
         """Ask the criterion how each parameter is scored, once, and again if there are new ones."""
@@ -183,7 +204,7 @@ class GradientMasker:
         """Mask, in place, the gradients that the next step uses."""
         masked = self._masked(gradients)
         self._find_scorers(masked)
-        shards = self._shards(masked, gradients)
+        shards = self._shards_together(masked, gradients)
         found: _Found = defaultdict(list)
         self._mask_whole([shard for shard in shards if self._is_whole(shard)], found)
         is_first = not self._bad_scores
@@ -206,6 +227,25 @@ class GradientMasker:
                 total = total.sum(0, keepdim=True)
             sum_over_ranks(total, ranks)
             self._totals.append(([name for names, _ in parts for name in names], total))
+
+    def _shards_together(
+        self, masked: Sequence[tuple[str, Tensor]], gradients: StepGradients
+    ) -> list[Shard]:
+        """:meth:`_shards`, and an error on all ranks if there is one on any.
+
+        On a GPU at the first step only, since the host would have to wait for the device.
+        """
+        if not self._is_first and any(not parameter.is_cpu for _, parameter in masked):
+            return self._shards(masked, gradients)
+        groups = groups_of(gradients.ranks(parameter) for _, parameter in masked)
+        shards, failure = [], None
+        try:
+            shards = self._shards(masked, gradients)
+        except Exception as error:  # Whatever it is, the others must not wait for this rank.
+            failure = error
+        raise_together(failure, groups)
+        self._is_first = False
+        return shards
 
     def _shards(
         self, masked: Sequence[tuple[str, Tensor]], gradients: StepGradients

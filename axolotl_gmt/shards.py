@@ -6,10 +6,11 @@ and sums over ranks; it knows nothing of masks, thresholds or trainers.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -120,11 +121,25 @@ class StepGradients:
             )
         if reference.device.type == "mps":
             raise TypeError(f"{name} lies on mps, which has no float64. Train on cuda or the CPU.")
-        ranks = _sharded_over(name, reference) if isinstance(reference, DTensor) else ()
-        if gradient is None:
-            local = _local(reference)
-            return Shard(name, parameter, local.new_empty(0), ranks)
+        ranks = self.ranks(parameter)
+        if ranks and gradient is not None:
+            _check_like_parameter(name, parameter, gradient)
+        elif isinstance(reference, DTensor):
+            _check_reduced(name, reference)
+        if gradient is None:  # Elsewhere there may be one, of the dtype that is known everywhere.
+            empty = _local(reference).new_empty(0, dtype=_gradient_dtype(parameter))
+            return Shard(name, parameter, empty, ranks)
         return Shard(name, parameter, _local_entries(parameter, gradient), ranks)
+
+    def ranks(self, parameter: Tensor) -> Ranks:
+        """Who holds the shards of ``parameter``'s gradient, whether or not there is one now."""
+        return _sharded_over(parameter) if isinstance(parameter, DTensor) else ()
+
+    def layout(self, parameter: Tensor) -> str:
+        """How ``parameter`` is sharded, in words that are equal on all ranks that hold it."""
+        if not isinstance(parameter, DTensor):
+            return "whole"
+        return f"{parameter.placements} on {tuple(parameter.device_mesh.shape)}"
 
     def weight(self, shard: Shard) -> Tensor:
         """The weights whose gradients are ``shard.entries``, in the same order: ``(entries,)``."""
@@ -278,19 +293,119 @@ def step_gradients(optimizer: object, names: Mapping[Tensor, Sequence[str]]) -> 
     return StepGradients(optimizer, names)
 
 
-def _sharded_over(name: str, tensor: DTensor) -> Ranks:
+def _sharded_over(tensor: DTensor) -> Ranks:
     mesh = tensor.device_mesh
-    for placement in tensor.placements:
-        if placement.is_partial():
-            raise TypeError(
-                f"The gradient of {name} is not yet summed over ranks (placements "
-                f"{tensor.placements}). Redistribute it before the optimizer's step."
-            )
     return tuple(
         mesh.get_group(dim)
         for dim, placement in enumerate(tensor.placements)
         if not placement.is_replicate() and mesh.size(dim) > 1
     )
+
+
+def _gradient_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype that ``parameter``'s gradient has on every rank where there is one."""
+    dtype: torch.dtype | None = getattr(parameter, "grad_dtype", None)  # New in torch 2.9.
+    return dtype or parameter.dtype
+
+
+def _check_reduced(name: str, gradient: DTensor) -> None:
+    if any(placement.is_partial() for placement in gradient.placements):
+        raise TypeError(
+            f"The gradient of {name} is not yet summed over ranks (placements "
+            f"{gradient.placements}). Redistribute it before the optimizer's step."
+        )
+
+
+def _check_like_parameter(name: str, parameter: Tensor, gradient: Tensor) -> None:
+    """Refuse what a rank without this gradient could not know, and would not count with."""
+    if isinstance(gradient, DTensor):
+        _check_reduced(name, gradient)
+    for what, got, expected in (
+        ("mesh", getattr(gradient, "device_mesh", None), getattr(parameter, "device_mesh", None)),
+        (
+            "placements",
+            getattr(gradient, "placements", None),
+            getattr(parameter, "placements", None),
+        ),
+        ("dtype", gradient.dtype, _gradient_dtype(parameter)),
+    ):
+        if got != expected:
+            fix = (
+                "Set the parameter's grad_dtype, or cast the gradient"
+                if what == "dtype"
+                else "Redistribute the gradient"
+            )
+            raise TypeError(
+                f"The gradient of {name} has another {what} than its sharded parameter: {got}, not "
+                f"{expected}. {fix} before the optimizer's step."
+            )
+
+
+def groups_of(every: Iterable[Ranks]) -> list[dist.ProcessGroup]:
+    """The distinct process groups, in an order that all ranks share."""
+    return sorted(
+        dict.fromkeys(group for ranks in every for group in ranks),
+        key=dist.get_process_group_ranks,
+    )
+
+
+def check_same_on_all_ranks(facts: Mapping[str, str], groups: Sequence[dist.ProcessGroup]) -> None:
+    """Raise on every rank of ``groups`` if what must be the same differs on one.
+
+    Args:
+        facts: What must be the same, by what it is called.
+        groups: From :func:`groups_of`.
+
+    Raises:
+        ValueError: Naming two ranks that differ, the first fact in which they do, and both values.
+    """
+    digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
+    for group in groups:
+        if len(set(_gather(digest, group))) == 1:
+            continue
+        first, *others = _gather(dict(facts), group)
+        ranks = dist.get_process_group_ranks(group)
+        rank, other = next(
+            (rank, other) for rank, other in zip(ranks[1:], others, strict=True) if other != first
+        )
+        what = min(key for key in {*first, *other} if first.get(key) != other.get(key))
+        raise ValueError(
+            f"Ranks {ranks[0]} and {rank} do not train alike, so that they would choose different "
+            f"masks: {what} is {first.get(what, 'absent')} on rank {ranks[0]} and "
+            f"{other.get(what, 'absent')} on rank {rank}. Give all ranks the same model and "
+            "settings."
+        )
+
+
+def raise_together(error: Exception | None, groups: Sequence[dist.ProcessGroup]) -> None:
+    """Raise on every rank of ``groups`` if there is an error on one, so that none waits for it.
+
+    Args:
+        error: This rank's.
+        groups: From :func:`groups_of`.
+
+    Raises:
+        Exception: ``error`` itself on the rank that has it.
+        RuntimeError: Elsewhere, naming a rank and its error.
+    """
+    found = None if error is None else f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
+    if error is not None and not groups:
+        raise error
+    for group in groups:
+        flag = torch.tensor([found is not None], dtype=torch.int32)
+        sum_over_ranks(flag, (group,))
+        if flag.item():  # What one group learns it tells the next.
+            found = next(text for text in _gather(found, group) if text is not None)
+    if error is not None:
+        raise error
+    if found is not None:
+        raise RuntimeError(f"Another rank cannot mask its gradients. On {found}")
+
+
+def _gather[Value](value: Value, group: dist.ProcessGroup) -> list[Value]:
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def _local(tensor: Tensor) -> Tensor:

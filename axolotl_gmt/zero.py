@@ -129,6 +129,12 @@ class ZeroGradients(StepGradients):
             for index, group in enumerate(groups)
             for position, parameter in enumerate(group)
         }
+        if any(_expert_ranks(parameter) > 1 for parameter in self._place):
+            raise ValueError(
+                "GMT cannot see the experts of other ranks under DeepSpeed's MoE with ep_size "
+                "above 1, so layer and global would count each rank's own. Set ep_size=1, or "
+                "shard the experts with FSDP2 or ZeRO-3."
+            )
         if any(getattr(parameter, "tensor_model_parallel", False) for parameter in self._place):
             raise ValueError(
                 "GMT cannot see the other shards of a tensor under DeepSpeed's tensor parallel. "
@@ -140,14 +146,27 @@ class ZeroGradients(StepGradients):
         for parameter in self._place:
             yield self._names[parameter], parameter
 
+    def ranks(self, parameter: Any) -> Ranks:
+        """Who holds the shards of ``parameter``'s gradient."""
+        if self._stage_3:
+            return _more_than_one(parameter.ds_process_group)
+        index, _ = self._place[parameter]
+        return _more_than_one(self.optimizer.real_dp_process_group[index])
+
+    def layout(self, parameter: Any) -> str:
+        """How ``parameter`` is sharded: its group, and its place there."""
+        index, position = self._place[parameter]
+        return f"parameter {position} of group {index}"
+
     def shard(self, name: str, parameter: Any) -> Shard:
         """The slice of this process's partitions that holds ``parameter``'s gradient.
 
         Padding, which ZeRO adds to make partitions equal, is no part of it.
         """
-        if self._stage_3:
-            return Shard(name, parameter, *self._stage_3_entries(parameter))
-        return Shard(name, parameter, *self._stage_1_and_2_entries(parameter))
+        entries = (self._stage_3_entries if self._stage_3 else self._stage_1_and_2_entries)(
+            parameter
+        )
+        return Shard(name, parameter, entries, self.ranks(parameter))
 
     def weight(self, shard: Shard) -> Tensor:
         """The fp32 weights, which ZeRO steps, whose gradients are ``shard.entries``."""
@@ -179,22 +198,21 @@ class ZeroGradients(StepGradients):
         mapping = parameter._hp_mapping
         return 0 if mapping is None else int(mapping.lp_fragment_address.start)
 
-    def _stage_1_and_2_entries(self, parameter: Any) -> tuple[Tensor, Ranks]:
+    def _stage_1_and_2_entries(self, parameter: Any) -> Any:
         index, _ = self._place[parameter]
-        ranks = _more_than_one(self.optimizer.real_dp_process_group[index])
         partition = self.optimizer.single_partition_of_fp32_groups[index]
         mapping = parameter._hp_mapping
         if partition.grad is not None:  # This group is being stepped.
             if mapping is None:
-                return partition.grad[:0], ranks
+                return partition.grad[:0]
             address = mapping.get_hp_fragment_address()
-            return partition.grad.narrow(0, address.start, address.numel), ranks
+            return partition.grad.narrow(0, address.start, address.numel)
         if mapping is None:  # Empty, of the dtype that it has on the ranks which hold it.
             dtype = self.optimizer.gradient_accumulation_dtype
-            return partition.new_empty(0, dtype=dtype), ranks
-        return mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1), ranks
+            return partition.new_empty(0, dtype=dtype)
+        return mapping.get_lp_grad_fragment(parameter._index_in_param_group).view(-1)
 
-    def _stage_3_entries(self, parameter: Any) -> tuple[Tensor, Ranks]:
+    def _stage_3_entries(self, parameter: Any) -> Any:
         zero = self.optimizer
         index, position = self._place[parameter]
         _, start, padded = zero.grad_position[zero.get_param_id(parameter)]
@@ -202,10 +220,8 @@ class ZeroGradients(StepGradients):
         held = max(0, min(padded, parameter.ds_numel - dist.get_rank(group) * padded))
         partition = zero.fp32_partitioned_groups_flat[index]
         if partition.grad is not None:
-            local = partition.grad.narrow(0, start, held)
-        else:
-            local = zero.averaged_gradients[index][position].view(-1)[:held]
-        return local, _more_than_one(group)
+            return partition.grad.narrow(0, start, held)
+        return zero.averaged_gradients[index][position].view(-1)[:held]
 
     def first_position(self, shard: Shard) -> int:
         """The first of :meth:`positions`, of which each next one is one more."""
@@ -241,6 +257,15 @@ def _hooks_of(optimizer: Any, stage_3: bool) -> OrderedDict[int, Callable[[], No
     unscale_and_clip_grads.gmt_hooks = hooks  # type: ignore[attr-defined]
     optimizer.unscale_and_clip_grads = unscale_and_clip_grads
     return hooks
+
+
+def _expert_ranks(parameter: Any) -> int:
+    """Over how many ranks DeepSpeed's MoE spreads the experts that ``parameter`` is one of."""
+    if getattr(parameter, "allreduce", True):  # Not an expert's, as DeepSpeed marks these.
+        return 1
+    from deepspeed.utils import groups
+
+    return dist.get_world_size(groups._get_expert_parallel_group(parameter.group_name))
 
 
 def _more_than_one(group: dist.ProcessGroup) -> Ranks:

@@ -40,6 +40,12 @@ ON_TWO = [
     "deepspeed_trainer",
 ]
 ON_FOUR = ["fsdp2", "hsdp", "fsdp2_and_tp", "random_shardings"]
+ON_BOTH = [
+    "parameters_in_another_order",
+    "ranks_that_differ_are_refused",
+    "a_gradient_missing_on_one_rank_has_its_parameters_dtype",
+    "an_error_on_one_rank_is_raised_on_all",
+]
 
 
 def torchrun(processes: int, module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -95,11 +101,36 @@ def test_criteria_choose_the_mask_of_one_process(processes: int, case: str) -> N
         assert f"ok {case} {name}" in result.stdout
 
 
-def test_a_rank_that_dies_ends_the_others_with_an_error() -> None:
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("case", ON_BOTH)
+def test_ranks_agree_or_all_of_them_say_who_does_not(processes: int, case: str) -> None:
+    result = torchrun(processes, "tests.distributed.worker", case)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    assert f"ok {case} gradient" in result.stdout
+
+
+def test_experts_that_live_on_other_ranks_are_refused() -> None:
+    case = "experts_of_other_ranks_are_refused"
+    result = torchrun(2, "tests.distributed.worker", case)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    assert f"ok {case} gradient" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("processes", "case", "reason"),
+    [
+        (2, "a_rank_that_dies_ends_the_others", "exitcode  : 7"),
+        (2, "a_criterion_that_fails_on_one_rank_ends_the_others", "OutOfMemoryError: planted"),
+        (4, "a_criterion_that_fails_on_one_rank_ends_the_others", "OutOfMemoryError: planted"),
+    ],
+)
+def test_a_rank_that_leaves_ends_the_others_with_an_error(
+    processes: int, case: str, reason: str
+) -> None:
     start = time.monotonic()
-    result = torchrun(2, "tests.distributed.worker", "a_rank_that_dies_ends_the_others")
+    result = torchrun(processes, "tests.distributed.worker", case)
     assert result.returncode != 0
-    assert "exitcode  : 7" in result.stderr
+    assert reason in result.stderr
     assert time.monotonic() - start < 120
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
 os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -483,6 +485,162 @@ def a_rank_that_dies_ends_the_others() -> None:
     optimizer.step()
 
 
+def sharded_weights(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    """Three weights of 2 rows a rank with gradients, sharded over all ranks by rows."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weights = {}
+    for index in range(3):
+        generator = torch.Generator().manual_seed(index)
+        whole = torch.randn(2 * dist.get_world_size(), 64, generator=generator).to(dtype)
+        weights[f"layers.{index}.weight"] = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+        weights[f"layers.{index}.weight"].grad = distribute_tensor(whole, mesh, [Shard(0)])
+    return weights
+
+
+def parameters_in_another_order() -> None:
+    for granularity in GRANULARITIES:
+        weights = sharded_weights()
+        before = {name: full(weight) for name, weight in weights.items()}
+        named = list(weights.items())
+        if dist.get_rank() == 1:
+            named.reverse()
+        optimizer = torch.optim.SGD([weight for _, weight in named], lr=1.0)
+        GradientMasker(named, config_of(0.7, granularity)).attach(optimizer)
+        optimizer.step()
+        expected = expected_step(before, 0.7, granularity, before, 0)
+        for name, gradient in expected.items():
+            assert torch.equal(full(weights[name]), before[name] - gradient), (granularity, name)
+
+
+def ranks_that_differ_are_refused() -> None:
+    """Every rank raises at attach, and says which two differ in what."""
+    last = dist.get_world_size() - 1
+    is_last = dist.get_rank() == last
+    weights = sharded_weights()
+    renamed = {name.replace("layers.2", "layers.9"): weight for name, weight in weights.items()}
+    cases: list[tuple[dict[str, nn.Parameter], dict[str, Any], str]] = [
+        (weights, {"mask_ratio": 0.6}, f"mask_ratio.* is 0.5 on rank 0 and 0.6 on rank {last}"),
+        (weights, {"criterion": "random", "seed": last}, "criterion .* is 'gradient' on rank 0"),
+        (weights, {"exclude": [r"layers\.1"]}, "exclude .* is None on rank 0"),
+        (renamed, {}, r"layers\.2\.weight is .* on rank 0 and absent on rank"),
+    ]
+    for named, settings, message in cases:
+        config = GMTConfig(**settings) if is_last else GMTConfig()
+        masker = GradientMasker((named if is_last else weights).items(), config)
+        with pytest.raises(ValueError, match=message):
+            masker.attach(torch.optim.SGD(weights.values(), lr=1.0))
+
+
+def a_gradient_missing_on_one_rank_has_its_parameters_dtype() -> None:
+    """fp32 gradients of bf16 weights, one of them absent on rank 0: its shard there is fp32 too."""
+    mesh, rank = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank()
+    for granularity in GRANULARITIES:
+        weights = sharded_weights(torch.bfloat16)
+        name, *rest = weights
+        expected = {other: full(weights[other].detach()) for other in rest}
+        whole = torch.randn(weights[name].shape, generator=torch.Generator().manual_seed(9))
+        weights[name].grad = None
+        weights[name].grad_dtype = torch.float32
+        if rank != 0:
+            weights[name].grad = distribute_tensor(whole, mesh, [Shard(0)])
+        else:
+            distribute_tensor(whole, mesh, [Shard(0)])  # It takes part in the scattering.
+        optimizer = torch.optim.SGD(weights.values(), lr=0.0)
+        GradientMasker(weights.items(), config_of(0.6, granularity)).attach(optimizer)
+        masker_step(optimizer)
+        expected = expected_step({name: whole[2:], **expected}, 0.6, granularity, {}, 0)
+        for other, gradient in expected.items():
+            local = weights[other].grad
+            if local is None:
+                assert (rank, other) == (0, name)
+                continue
+            assert isinstance(local, DTensor)
+            start = 2 * rank - (2 if other == name else 0)
+            assert torch.equal(local.to_local(), gradient[start : start + 2]), (granularity, other)
+
+
+def masker_step(optimizer: torch.optim.Optimizer) -> None:
+    """The hooks of a step and nothing else: SGD would refuse a gradient of another dtype."""
+    for hook in list(optimizer._optimizer_step_pre_hooks.values()):
+        hook(optimizer, (optimizer,), {})
+
+
+def an_error_on_one_rank_is_raised_on_all() -> None:
+    """A gradient of another dtype on the last rank, in the first step and in the third."""
+    last = dist.get_world_size() - 1
+    for faulty_step in (0, 2):
+        weights = sharded_weights()
+        optimizer = torch.optim.SGD(weights.values(), lr=0.0)
+        masker = GradientMasker(weights.items(), GMTConfig())
+        masker.attach(optimizer)
+        for step in range(3):
+            if step == faulty_step and dist.get_rank() == last:
+                weight = weights["layers.1.weight"]
+                gradient = weight.grad
+                assert gradient is not None
+                weight.grad = None
+                weight.grad_dtype = None
+                weight.grad = gradient.bfloat16()
+            if step != faulty_step:
+                masker_step(optimizer)
+                continue
+            start = time.monotonic()
+            with pytest.raises((TypeError, RuntimeError)) as raised:
+                masker_step(optimizer)
+            assert time.monotonic() - start < 5
+            text = str(raised.value)
+            assert "layers.1.weight has another dtype than its sharded parameter" in text
+            assert (raised.type is TypeError) == (dist.get_rank() == last)
+            assert dist.get_rank() == last or f"On rank {last}: TypeError" in text
+            break
+
+
+def a_criterion_that_fails_on_one_rank_ends_the_others() -> None:
+    """Not agreed on beforehand: rank 1 leaves in the middle of a step, by its own error."""
+    weights = sharded_weights()
+    optimizer = torch.optim.SGD(weights.values(), lr=0.0)
+    masker = GradientMasker(weights.items(), GMTConfig(criterion="random"))
+    masker.attach(optimizer)
+    optimizer.step()
+
+    def fail(entries: Any) -> Tensor:
+        raise torch.OutOfMemoryError("planted")
+
+    if dist.get_rank() == 1:
+        masker._scorers["layers.2.weight"] = fail
+        masker._scorers["layers.1.weight"] = fail
+    optimizer.step()
+
+
+def experts_of_other_ranks_are_refused() -> None:
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+    from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+    for ep_size in (1, dist.get_world_size()):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8), MoE(8, nn.Linear(8, 8), 4, ep_size=ep_size))
+        groups = split_params_into_different_moe_groups_for_optimizer(
+            {"params": list(model.parameters()), "name": "all"}
+        )
+        engine, optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.SGD(groups, lr=LR),
+            config={
+                "train_micro_batch_size_per_gpu": 4,
+                "zero_optimization": {"stage": 2},
+                "zero_force_ds_cpu_optimizer": False,
+                "zero_allow_untested_optimizer": True,
+            },
+        )
+        masker = GradientMasker(engine.module.named_parameters(), GMTConfig())
+        if ep_size == 1:
+            masker.attach(optimizer)
+            continue
+        with pytest.raises(ValueError, match="MoE with ep_size above 1"):
+            masker.attach(optimizer)
+
+
 def deepspeed_trainer() -> None:
     """Transformers' Trainer with DeepSpeed and GMTCallback, DeepSpeed's own optimizer included."""
     import tempfile
@@ -543,6 +701,12 @@ CASES = {
         ddp_with_unused_parameters,
         gradients_missing_on_one_rank,
         a_rank_that_dies_ends_the_others,
+        parameters_in_another_order,
+        ranks_that_differ_are_refused,
+        a_gradient_missing_on_one_rank_has_its_parameters_dtype,
+        an_error_on_one_rank_is_raised_on_all,
+        a_criterion_that_fails_on_one_rank_ends_the_others,
+        experts_of_other_ranks_are_refused,
         random_shardings,
         deepspeed_trainer,
         fsdp2,
@@ -569,7 +733,7 @@ CASES = {
 def main() -> None:
     global criterion
     torch.set_num_threads(1)
-    if any(name.startswith(("zero", "deepspeed")) for name in sys.argv):
+    if any(name.startswith(("zero", "deepspeed", "experts")) for name in sys.argv):
         import deepspeed
 
         deepspeed.init_distributed("gloo")
