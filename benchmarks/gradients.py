@@ -72,7 +72,8 @@ class Gradients:
         torch.manual_seed(0)
         self.parameters: list[Tensor] = []
         for index, shape in enumerate(shapes):
-            parameter = torch.zeros(shape, dtype=dtype, device=device, requires_grad=True)
+            parameter = torch.empty(shape, dtype=dtype, device=device).normal_(std=0.02)
+            parameter.requires_grad_()
             parameter.grad = torch.empty_like(parameter).normal_(std=10.0 ** -(3 + index % 4))
             self.parameters.append(parameter)
         self._originals = [grad.clone() for grad in self.grads] if restorable else []
@@ -97,7 +98,11 @@ def mask_step_of(
 ) -> NoStep:
     """An optimizer whose step is GMT's mask step and nothing else."""
     optimizer = NoStep(parameters)
-    names = [(f"tensor{index}", tensor) for index, tensor in enumerate(parameters)]
+    # In layers, since the criterion half freezes half of each layer's matrices.
+    names = [
+        (f"layers.{index // 9}.block.tensor{index}.weight", tensor)
+        for index, tensor in enumerate(parameters)
+    ]
     config = GMTConfig(mask_ratio=mask_ratio, criterion=criterion)
     GradientMasker(names, config).attach(optimizer)
     return optimizer

@@ -1,5 +1,7 @@
 """One mask step against other ways to mask, an optimizer's step, and a copy of the same bytes.
 
+The mask step of each built-in criterion: the method itself, which has no other name, and controls.
+
 CPU: the gradients of SmolLM2-135M. GPU: those of a Llama of 1B and of 7B.
 """
 
@@ -17,7 +19,10 @@ from gradients import (
 )
 from measuring import TRIAL, Row, arguments, chosen, in_turns, median_ms, save, show
 
+from axolotl_gmt.criteria import gmt_criteria
+
 MASK_RATIO = 0.5
+CRITERIA = tuple(gmt_criteria())  # The built-in ones; gradient is the method itself.
 CASES = {
     "cpu": [
         ("SmolLM2-135M", "bf16"),
@@ -33,10 +38,15 @@ def measure(model: str, dtype: str, device: str, runs: int) -> list[Row]:
     """One row for each contender."""
     gradients = Gradients(MODELS[model].shapes(), DTYPES[dtype], device)
     grads = gradients.grads
-    gmt = mask_step_of(gradients.parameters, MASK_RATIO)
+    gmt = {
+        "GMT mask step" if name == "gradient" else f"GMT mask step, {name}": mask_step_of(
+            gradients.parameters, MASK_RATIO, name
+        ).step
+        for name in CRITERIA
+    }
     copies = [torch.empty_like(grad) for grad in grads]
     contenders = {
-        "GMT mask step": gmt.step,
+        **gmt,
         "copy of the gradients": lambda: torch._foreach_copy_(copies, grads),
         "torch.topk": lambda: mask_by_topk(grads, MASK_RATIO),
         "torch.topk, unsorted": lambda: mask_by_unsorted_topk(grads, MASK_RATIO),
