@@ -33,7 +33,7 @@ Extra memory: 32 bytes a tensor for the table and 4 for the window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -52,6 +52,7 @@ _LAST = {2: 0x7FFF, 4: 0x7FFFFFFF}
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 _WINDOW = {torch.bfloat16: 1 << 12, torch.float16: 1 << 14, torch.float32: 1 << 12}
 
+_ALIGNMENT = 16  # bytes: the table counts a tensor's programs, and kernels find them, by it alone
 _SPAN = 1 << 16  # entries a program
 _COUNT_BLOCK = 1 << 14
 _MASK_BLOCK = 1 << 12
@@ -82,8 +83,9 @@ def _place(
     """Where a program's entries are.
 
     Returns:
-        Pointer to the program's span of memory, aligned; from there, in entries, the positions of
-        the tensor's first entry within the span and of the end of them, both int32.
+        Pointer to the program's span of memory, aligned as :func:`_table` reserves programs; from
+        there, in entries, the positions of the tensor's first entry within the span and of the end
+        of them, never before it, both int32.
     """
     address = tl.load(table + 4 * tensor)
     before = (address % alignment) // itemsize
@@ -91,7 +93,7 @@ def _place(
     first = tl.maximum(before - start, 0).to(tl.int32)
     end = tl.minimum(before + tl.load(table + 4 * tensor + 1) - start, span).to(tl.int32)
     pointer = (address + (start - before) * itemsize).to(tl.pointer_type(pointee))
-    return tl.multiple_of(pointer, alignment), first, end
+    return pointer, first, tl.maximum(first, end)
 
 
 @triton.jit
@@ -115,7 +117,7 @@ def _place_windows(
 def _count_upper(
     table: tl.tensor, windows: tl.tensor, counts: tl.tensor, tensors: tl.tensor,
     itemsize: tl.constexpr, shift: tl.constexpr, bins: tl.constexpr, window: tl.constexpr,
-    shared: tl.constexpr, span: tl.constexpr, block: tl.constexpr,
+    shared: tl.constexpr, alignment: tl.constexpr, span: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
     """Count the upper digit of every entry, most of them in shared memory.
 
@@ -124,7 +126,8 @@ def _count_upper(
     """
     program = tl.program_id(0)
     tensor = _tensor_of(table, tensors, program)
-    pointer, first, end = _place(table, tensor, program, tl.int32, itemsize, 4, span)
+    pointer, first, end = _place(table, tensor, program, tl.int32, itemsize, alignment, span)
+    pointer = tl.multiple_of(pointer, 4)
     counts += tl.load(table + 4 * tensor + 2) * bins
     low = tl.load(windows + tensor)
     entries_a_word: tl.constexpr = 4 // itemsize
@@ -168,19 +171,21 @@ def _count_upper(
 @triton.jit(do_not_specialize=["tensors"])
 def _count_lower(
     table: tl.tensor, prefixes: tl.tensor, counts: tl.tensor, tensors: tl.tensor,
-    shift: tl.constexpr, width: tl.constexpr, span: tl.constexpr, block: tl.constexpr,
+    shift: tl.constexpr, width: tl.constexpr, alignment: tl.constexpr, span: tl.constexpr,
+    block: tl.constexpr,
 ) -> None:  # fmt: skip
     """Count a digit of the few fp32 entries whose bits above it are those of the row's prefix."""
     program = tl.program_id(0)
     tensor = _tensor_of(table, tensors, program)
-    pointer, _, end = _place(table, tensor, program, tl.int32, 4, 4, span)
+    pointer, first, end = _place(table, tensor, program, tl.int32, 4, alignment, span)
+    pointer = tl.multiple_of(pointer, 4)
     row = tl.load(table + 4 * tensor + 2)
     prefix = tl.load(prefixes + row).to(tl.int32)
     counts += row << width
     zeros = 0
     for position in range(0, end, block):
         lanes = position + tl.arange(0, block)
-        there = lanes < end
+        there = (lanes >= first) & (lanes < end)
         magnitudes = tl.load(pointer + lanes, mask=there, other=0) & 0x7FFFFFFF
         matches = there & ((magnitudes >> (shift + width)) == prefix)
         values = (magnitudes >> shift) & ((1 << width) - 1)
@@ -208,12 +213,13 @@ def _masked(
 def _mask_below(
     table: tl.tensor, thresholds: tl.tensor, totals: tl.tensor, tensors: tl.tensor,
     pattern: tl.constexpr, value: tl.constexpr, itemsize: tl.constexpr, last: tl.constexpr,
-    span: tl.constexpr, block: tl.constexpr,
+    alignment: tl.constexpr, span: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
     """Set to zero what lies below the row's threshold, and add up the statistics."""
     program = tl.program_id(0)
     tensor = _tensor_of(table, tensors, program)
-    pointer, first, end = _place(table, tensor, program, pattern, itemsize, 16, span)
+    pointer, first, end = _place(table, tensor, program, pattern, itemsize, alignment, span)
+    pointer = tl.multiple_of(pointer, alignment)
     threshold = tl.load(thresholds + tl.load(table + 4 * tensor + 2)).to(tl.int32)
     kept = 0
     before = tl.zeros([], dtype=tl.float64)
@@ -243,6 +249,27 @@ def _mask_below(
     tl.atomic_add(totals + 3, after, sem="relaxed")
 
 
+def boundary_layouts(itemsize: int, span: int) -> Iterator[tuple[int, int]]:
+    """Where a tensor may lie that ends close to the end of a program's span.
+
+    A program that is told of more entries than a tensor has, or of fewer, is wrong only where the
+    tensor's end lies within 16 bytes of the end of a span, so a random layout hardly ever shows it.
+
+    Args:
+        itemsize: Bytes of an entry.
+        span: Entries of a program.
+
+    Yields:
+        Pairs of integers: how many entries after an address that is a multiple of 16 bytes the
+        tensor starts, and how many entries it has.
+    """
+    entries_a_vector = _ALIGNMENT // itemsize
+    for offset in range(entries_a_vector):
+        for programs in (1, 2):
+            for missing in range(-2, entries_a_vector + 2):
+                yield offset, span * programs - missing
+
+
 def _table(tensors: Sequence[Tensor], rows: Sequence[int], device: torch.device) -> tuple[Any, int]:
     """Address, entries, row and first program of each tensor, int64 ``(tensors, 4)``.
 
@@ -254,7 +281,7 @@ def _table(tensors: Sequence[Tensor], rows: Sequence[int], device: torch.device)
     for tensor, row in zip(tensors, rows, strict=True):
         address, entries = tensor.data_ptr(), tensor.numel()
         table.append([address, entries, row, programs])
-        unaligned = address % 16 // tensor.element_size()
+        unaligned = address % _ALIGNMENT // tensor.element_size()
         programs += triton.cdiv(unaligned + entries, _SPAN) if entries else 0
     is_gpu = device.type != "cpu"
     host = torch.tensor(table, dtype=torch.int64, pin_memory=is_gpu)
@@ -279,7 +306,12 @@ def count_digits(
     table, programs = _table(tensors, rows, device)
     if programs == 0:
         return
-    launch = {"span": _SPAN, "block": _COUNT_BLOCK, "num_warps": 16}
+    launch = {
+        "alignment": _ALIGNMENT,
+        "span": _SPAN,
+        "block": _COUNT_BLOCK,
+        "num_warps": 16,
+    }
     with _on(device):
         if prefixes is not None:
             bits = {"shift": digit.shift, "width": digit.width}
@@ -333,6 +365,7 @@ def mask_below_(
             value=_VALUE[dtype],
             itemsize=dtype.itemsize,
             last=_LAST[dtype.itemsize],
+            alignment=_ALIGNMENT,
             span=_SPAN,
             block=_MASK_BLOCK,
             num_warps=8,

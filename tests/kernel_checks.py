@@ -11,6 +11,7 @@ import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -136,6 +137,45 @@ def check_triton(device: str, name: str, layout: str, histogram_is_fast: bool = 
             check_masks(kernels, device, name, layout, content)
 
 
+def _at_boundaries(dtype: torch.dtype, span: int, device: str) -> list[Tensor]:
+    """Tensors of their own memory, one for each of the layouts at the end of a program's span."""
+    from axolotl_gmt import kernels
+
+    generator = torch.Generator().manual_seed(span)
+    tensors = []
+    for offset, size in kernels.boundary_layouts(dtype.itemsize, span):
+        memory = _ties(offset + size + 32, dtype, generator).to(device)
+        assert memory.data_ptr() % 16 == 0
+        tensors.append(memory[offset : offset + size])
+    return tensors
+
+
+def check_boundaries(device: str, name: str) -> None:
+    """Every entry is counted once, wherever a tensor lies and ends."""
+    from axolotl_gmt import kernels
+
+    dtype = DTYPES[name]
+    span = 1 << 7
+    with mock.patch.multiple(kernels, _SPAN=span, _COUNT_BLOCK=span, _MASK_BLOCK=span // 2):
+        tensors = _at_boundaries(dtype, span, device)
+        rows = list(range(len(tensors)))
+        upper = Digit(dtype.itemsize * 8 - 16, 15)
+        digits: list[tuple[Digit, Tensor | None]] = [(upper, None)]
+        if upper.shift:
+            ones = torch.ones(len(rows), dtype=torch.int64, device=device)
+            digits.append((Digit(0, 16), 0x3F80 * ones))  # the upper digit of 1
+        for digit, prefixes in digits:
+            got = torch.zeros(len(rows), 1 << digit.width, dtype=torch.int32, device=device)
+            kernels.count_digits(tensors, rows, dtype, digit, prefixes, got)
+            for index, tensor in enumerate(tensors):
+                expected = torch.zeros_like(got[:1])
+                of_row = None if prefixes is None else prefixes[:1]
+                passes._count_by_torch(tensor, 0, dtype, digit, of_row, expected)
+                difference = got[index] - expected[0]
+                place = (tensor.data_ptr() % 16, len(tensor), digit)
+                assert not difference.any(), (place, difference.nonzero()[:5], difference.unique())
+
+
 def compile_triton(name: str) -> None:
     """Compile each kernel to machine code of an NVIDIA H100, which needs no GPU."""
     from triton import compile as compile_kernel
@@ -148,7 +188,8 @@ def compile_triton(name: str) -> None:
     is_fp32 = dtype == torch.float32
     layout = {"pattern": kernels._PATTERN[dtype.itemsize], "last": kernels._LAST[dtype.itemsize]}
     bins = {"shift": 16 * is_fp32, "bins": 1 << 15, "window": kernels._WINDOW[dtype]}
-    span, item = {"span": kernels._SPAN}, {"itemsize": dtype.itemsize}
+    span = {"span": kernels._SPAN, "alignment": kernels._ALIGNMENT}
+    item = {"itemsize": dtype.itemsize}
     block = {"block": kernels._COUNT_BLOCK}
     table, counts = {"table": "*i64"}, {"counts": "*i32", "tensors": "i32"}
     made: list[tuple[Any, dict[str, str], dict[str, Any]]] = [

@@ -54,6 +54,13 @@ def test_triton_kernels_agree_with_torch(interpreter: Executor, dtype: str, layo
     interpreter.submit(kernel_checks.check_triton, "cpu", dtype, layout).result()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_kernels_take_every_entry_once_wherever_a_tensor_lies_and_ends(
+    interpreter: Executor, dtype: str
+) -> None:
+    interpreter.submit(kernel_checks.check_boundaries, "cpu", dtype).result()
+
+
 @pytest.mark.parametrize("layout", OLD_TRITON)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_triton_kernels_agree_with_torch_without_a_fast_histogram(
