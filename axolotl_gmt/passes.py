@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from axolotl_gmt.scores import Magnitudes
+
 LOG = logging.getLogger(__name__)
 
 _PATTERN_DTYPE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -281,7 +283,14 @@ def _pick(
     return [tensors[index] for index in indices], [rows[index] for index in indices]
 
 
-def _attempt(device: torch.device, name: str, *arguments: object) -> Any:
+def _as_taken(passes: object, tensors: Sequence[Tensor]) -> Sequence[object]:
+    """``tensors`` as compiled passes take them: those of a GPU take scores."""
+    if getattr(passes, "TAKES_SCORES", False):
+        return [Magnitudes(tensor) for tensor in tensors]
+    return tensors
+
+
+def _attempt(device: torch.device, name: str, tensors: Sequence[Tensor], *arguments: object) -> Any:
     """Run a compiled pass. If it fails, say so once and never try one on such a device again.
 
     Code fails to compile before any of it has run, so the torch version can start afresh.
@@ -290,7 +299,8 @@ def _attempt(device: torch.device, name: str, *arguments: object) -> Any:
         _UnavailableError: If it fails for another reason than a lack of memory.
     """
     try:
-        return getattr(_compiled_passes(device.type), name)(*arguments)
+        passes = _compiled_passes(device.type)
+        return getattr(passes, name)(_as_taken(passes, tensors), *arguments)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -335,7 +345,8 @@ def compare_with_torch(passes: ModuleType, device: torch.device) -> None:
         for digit, prefixes in digits:
             found = torch.zeros(2, 1 << digit.width, dtype=torch.int64, device=device)
             expected = torch.zeros_like(found)
-            passes.count_digits(tensors, rows, dtype, digit, prefixes, found)
+            taken = _as_taken(passes, tensors)
+            passes.count_digits(taken, rows, dtype, digit, prefixes, found)
             for tensor, row in zip(tensors, rows, strict=True):
                 _count_by_torch(tensor, row, dtype, digit, prefixes, expected)
             if not torch.equal(found, expected):
@@ -343,7 +354,7 @@ def compare_with_torch(passes: ModuleType, device: torch.device) -> None:
         masked = [tensor.clone() for tensor in tensors]
         totals = torch.zeros(2, 4, dtype=torch.float64, device=device)
         wanted = torch.zeros_like(totals)
-        passes.mask_below_(masked, rows, dtype, some, totals)
+        passes.mask_below_(_as_taken(passes, masked), rows, dtype, some, totals)
         for index, (tensor, row) in enumerate(zip(tensors, rows, strict=True)):
             _mask_by_torch_(tensor, dtype, some[row], wanted[index])
             pattern = _PATTERN_DTYPE[dtype.itemsize]
