@@ -4,38 +4,43 @@
 Same results as the torch versions there; only sums of squares may differ in their last digits, for
 they are taken in float32 within a block of 2^12 entries and in float64 beyond. One launch takes
 all tensors of a call: a table of addresses, copied from pinned memory without waiting, tells each
-program which 2^16 entries are its own. No value comes back to the host. Positions have 64 bits.
+program which entries are its own. No value comes back to the host. Positions have 64 bits.
 
-What bounds them, for n entries of b bytes:
+Scores are made where they are needed, while counting and again while masking, and never stored:
+magnitudes are the entries' own patterns, products read the weights too, hashes are arithmetic.
+
+What bounds the kernels, for n entries of b bytes (``python -m benchmarks.kernel_budget`` reads the
+instructions from the machine code):
 
 - Masking reads n b bytes and writes as many, in aligned vectors of 16 bytes but for the first and
-  last block of a tensor, with some twenty instructions an entry.
-- Counting reads n b bytes, and adds 1 to a bin for every entry. Additions to global memory happen
-  in the L2 cache, at a fraction of the rate at which 16-bit entries arrive, and concentrate on a
-  few hundred bins. So a program counts in shared memory: from Triton 3.8 on, ``tl.histogram`` is
-  one shared atomic increment an entry, in which the hardware unites equal values of a warp. All
-  2^15 bins would leave room for one program on a multiprocessor and cost as much to clear and read
-  as a block to count. But the magnitudes of one tensor span few octaves: a window of 2^12 bins
-  holds 32 octaves of bf16 and fp32, one of 2^14 holds 16 of fp16. A first, small launch places
-  each tensor's window a little above the largest of 2^12 sampled entries. What lies outside is
-  then as rare as it was in the sample, and is added to global memory entry by entry; the number of
-  zeros, which may lie outside and not be rare, is that of all entries less the others. A program
-  adds its window to global memory once, without the empty bins.
-- The lower digit of fp32 costs one more read. About one entry in 300 matches the upper digit.
-  Values of 0 are summed in registers there: exact zeros, and all entries of a gradient that once
-  was bf16, would otherwise meet in one bin.
+  last block of a tensor.
+- Counting reads n b bytes in such vectors, and adds 1 to a bin for every entry. Additions to global
+  memory happen in the L2 cache, at a fraction of the rate at which 16-bit entries arrive, and
+  concentrate on a few hundred bins. So a program counts in shared memory: from Triton 3.8 on,
+  ``tl.histogram`` is one shared atomic increment an entry, in which the hardware unites equal
+  values of a warp. All 2^15 bins would leave room for one program on a multiprocessor and cost as
+  much to clear and read as the entries to count. But the magnitudes of neighbours span few octaves:
+  a window of 2^12 bins holds 32 octaves of bf16 and fp32, one of 2^14 holds 16 of fp16. A program
+  places its window a little above the largest of 2^9 of its entries. If some lie outside, it reads
+  its entries again, most likely from a cache; the zeros among these are what remains when all
+  others are counted, and the few others are added to global memory one by one. A program adds its
+  window to global memory once, without the empty bins.
+- A lower digit costs one more read. About one entry in 300 matches the upper digit. Values of 0
+  are summed in registers there: exact zeros, and all entries of a gradient that once was bf16,
+  would otherwise meet in one bin.
+- A hash takes more instructions than a 16-bit entry takes time to arrive.
 
 Older versions of Triton make ``tl.histogram`` of votes, at a cost that grows with the bins; with
 them every entry is added to global memory. That bounds their counting, not the bandwidth.
 
-Extra memory: 32 bytes a tensor for the table and 4 for the window.
+Extra memory: 56 bytes a tensor for the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -43,7 +48,8 @@ import triton.language as tl
 from torch import Tensor
 
 from axolotl_gmt.passes import Digit
-from axolotl_gmt.scores import Kind, Magnitudes, Scores
+from axolotl_gmt.scores import Given, Hashes, Products, Scores
+from axolotl_gmt.scores import Kind as KindOfScores
 
 DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
@@ -51,15 +57,37 @@ _VALUE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 _PATTERN = {2: tl.int16, 4: tl.int32}
 _LAST = {2: 0x7FFF, 4: 0x7FFFFFFF}
 _INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
-_WINDOW = {torch.bfloat16: 1 << 12, torch.float16: 1 << 14, torch.float32: 1 << 12}
 
-_SPAN = 1 << 16  # entries a program
-_COUNT_BLOCK = 1 << 14
-_MASK_BLOCK = 1 << 12
-_SAMPLE = 1 << 12
+_ALIGNMENT = 16  # bytes: the table counts a tensor's programs, and kernels find them, by it alone
+
+
+class _Size(NamedTuple):
+    """How much of a tensor a program takes: ``span`` entries, ``block`` of them at a time."""
+
+    span: int
+    block: int
+    warps: int
+
+    def constants(self) -> dict[str, int]:
+        return {"span": self.span, "block": self.block}
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.warps}
+
+
+# The upper digit: entries a program, by the dtype of the scores, and bins that it holds.
+_BLOCK = {torch.bfloat16: 1 << 15, torch.float16: 1 << 15, torch.float32: 1 << 14}
+_WINDOW = {torch.bfloat16: 1 << 12, torch.float16: 1 << 14, torch.float32: 1 << 12}
+_SAMPLE = 1 << 9
+_RARE_BLOCK = 1 << 12
+_LOWER = _Size(1 << 16, 1 << 12, 8)
+_MASK = _Size(1 << 16, 1 << 12, 8)
 
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _HISTOGRAM_IS_FAST = _VERSION >= (3, 8)
+
+# Rows of the table: what a kernel is told of each tensor.
+_ADDRESS, _ENTRIES, _ROW, _PROGRAM, _WEIGHTS, _KEY, _POSITION = map(tl.constexpr, range(7))
 
 
 @triton.jit
@@ -69,7 +97,7 @@ def _tensor_of(table: tl.tensor, tensors: tl.tensor, program: tl.tensor) -> tl.t
     high = tensors
     while high - low > 1:
         middle = (low + high) // 2
-        is_past = tl.load(table + 4 * middle + 3) <= program
+        is_past = tl.load(table + _PROGRAM * tensors + middle) <= program
         low = tl.where(is_past, middle, low)
         high = tl.where(is_past, high, middle)
     return low
@@ -77,145 +105,264 @@ def _tensor_of(table: tl.tensor, tensors: tl.tensor, program: tl.tensor) -> tl.t
 
 @triton.jit
 def _place(
-    table: tl.tensor, tensor: tl.tensor, program: tl.tensor, pointee: tl.constexpr,
-    itemsize: tl.constexpr, alignment: tl.constexpr, span: tl.constexpr,
+    table: tl.tensor, tensors: tl.tensor, entry: tl.constexpr, weight: tl.constexpr,
+    score: tl.constexpr, aligned: tl.constexpr, alignment: tl.constexpr, span: tl.constexpr,
+    wide: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Where a program's entries are.
+    """Where this program's entries are.
 
     Returns:
-        Pointer to the program's span of memory, aligned; from there, in entries, the positions of
-        the tensor's first entry within the span and of the end of them, both int32.
+        The tensor's index. Pointer to the program's span of memory, aligned as :func:`_table`
+        reserves programs, to patterns. From there, in entries, the positions of the tensor's first
+        entry within the span and of the end of them, never before it, both int32. What the score
+        needs at the start of the span: a pointer to weights, or the hash's first state.
     """
-    address = tl.load(table + 4 * tensor)
+    program = tl.program_id(0)
+    tensor = _tensor_of(table, tensors, program)
+    itemsize: tl.constexpr = entry.primitive_bitwidth // 8
+    pattern: tl.constexpr = tl.int16 if itemsize == 2 else tl.int32
+    table += tensor
+    address = tl.load(table + _ADDRESS * tensors)
     before = (address % alignment) // itemsize
-    start = (program - tl.load(table + 4 * tensor + 3)) * span
-    first = tl.maximum(before - start, 0).to(tl.int32)
-    end = tl.minimum(before + tl.load(table + 4 * tensor + 1) - start, span).to(tl.int32)
-    pointer = (address + (start - before) * itemsize).to(tl.pointer_type(pointee))
-    return tl.multiple_of(pointer, alignment), first, end
+    start = (program - tl.load(table + _PROGRAM * tensors)) * span - before
+    first = tl.maximum(-start, 0).to(tl.int32)
+    end = tl.minimum(tl.load(table + _ENTRIES * tensors) - start, span).to(tl.int32)
+    pointer = (address + start * itemsize).to(tl.pointer_type(pattern))
+    pointer = tl.multiple_of(pointer, alignment if wide else itemsize)
+    if score == "product":
+        bytes_a_weight: tl.constexpr = weight.primitive_bitwidth // 8
+        weights = tl.load(table + _WEIGHTS * tensors) + start * bytes_a_weight
+        source = weights.to(tl.pointer_type(weight))
+        source = tl.multiple_of(source, alignment if wide and aligned else bytes_a_weight)
+    elif score == "hash":
+        position = tl.load(table + _POSITION * tensors) + start
+        state = position.to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15
+        source = state + tl.load(table + _KEY * tensors).to(tl.uint64, bitcast=True)
+    else:
+        source = 0
+    return tensor, pointer, first, tl.maximum(first, end), source
 
 
 @triton.jit
-def _place_windows(
-    table: tl.tensor, windows: tl.tensor, pattern: tl.constexpr, last: tl.constexpr,
-    infinity: tl.constexpr, shift: tl.constexpr, bins: tl.constexpr, window: tl.constexpr,
-    sample: tl.constexpr,
-) -> None:  # fmt: skip
-    """The first bin of each tensor's window; an eighth of it is above the largest of a sample."""
-    tensor = tl.program_id(0)
-    pointer = tl.load(table + 4 * tensor).to(tl.pointer_type(pattern))
-    entries = tl.load(table + 4 * tensor + 1)
-    lanes = tl.arange(0, sample) * tl.maximum(entries // sample, 1)
-    magnitudes = tl.load(pointer + lanes, mask=lanes < entries, other=0).to(tl.int32) & last
-    largest = tl.max(tl.where(magnitudes < infinity, magnitudes, 0)) >> shift
-    low = tl.minimum(tl.maximum(largest + 1 + window // 8 - window, 0), bins - window)
-    tl.store(windows + tensor, low)
+def _load(pointer: tl.tensor, lanes: tl.tensor, there: tl.tensor) -> tl.tensor:
+    """Entries, 0 where they are not ``there``; None: all are."""
+    if there is None:
+        entries = tl.load(pointer + lanes)
+    else:
+        entries = tl.load(pointer + lanes, mask=there, other=0)
+    return entries
+
+
+@triton.jit
+def _value(magnitudes: tl.tensor, dtype: tl.constexpr) -> tl.tensor:
+    """Magnitudes as float32, from their patterns as int32."""
+    if dtype == tl.float32:
+        values = magnitudes.to(tl.float32, bitcast=True)
+    elif dtype == tl.bfloat16:
+        values = (magnitudes << 16).to(tl.float32, bitcast=True)
+    else:
+        values = magnitudes.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return values
+
+
+@triton.jit
+def _score(
+    magnitudes: tl.tensor, source: tl.tensor, lanes: tl.tensor, there: tl.tensor,
+    entry: tl.constexpr, infinity: tl.constexpr, score: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The patterns, int32, of the scores of entries whose patterns are ``magnitudes``."""
+    if score == "magnitude":
+        patterns = magnitudes
+    elif score == "product":
+        products = _value(magnitudes, entry) * _load(source, lanes, there).to(tl.float32)
+        # The pattern of NaN is above that of infinity, which it counts as.
+        patterns = tl.minimum(products.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800000)
+    else:
+        x = source + lanes.to(tl.uint64) * 0x9E3779B97F4A7C15
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+        # The last step of splitmix64, x ^ (x >> 31), leaves the upper 24 bits as they are.
+        uniform = (x >> 40).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
+        patterns = tl.where(magnitudes < infinity, uniform.to(tl.int32, bitcast=True), 0x7F800000)
+    return patterns
+
+
+@triton.jit
+def _scores(
+    pointer: tl.tensor, source: tl.tensor, lanes: tl.tensor, there: tl.tensor,
+    entry: tl.constexpr, last: tl.constexpr, infinity: tl.constexpr, score: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The patterns, int32, of the scores of the entries in ``lanes``; any where not ``there``."""
+    magnitudes = _load(pointer, lanes, there).to(tl.int32) & last
+    return _score(magnitudes, source, lanes, there, entry, infinity, score)
+
+
+@triton.jit
+def _upper_words(
+    pointer: tl.tensor, source: tl.tensor, first: tl.tensor, end: tl.tensor,
+    entry: tl.constexpr, last: tl.constexpr, infinity: tl.constexpr, score: tl.constexpr,
+    alignment: tl.constexpr, block: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The scores of a block, without signs, in words of 32 bits; 0 where there is no entry.
+
+    An upper digit is the upper half of a word. Where scores are patterns of 16 bits, a word holds
+    two, the second in its lower half.
+    """
+    if score == "magnitude":
+        parts: tl.constexpr = 32 // entry.primitive_bitwidth
+        entries_a_vector: tl.constexpr = alignment // 4 * parts
+        lanes = tl.arange(0, block // parts)
+        # Whole vectors, or the reads at a tensor's ends would be of single words. An aligned vector
+        # that holds an entry of the tensor lies in memory that may be read.
+        vectors = lanes // (alignment // 4)
+        some_there = (vectors >= first // entries_a_vector) & (vectors * entries_a_vector < end)
+        words = tl.load(pointer.to(tl.pointer_type(tl.int32)) + lanes, mask=some_there, other=0)
+        if (first > 0) | (end < block):
+            lower = lanes * parts
+            upper = lower + parts - 1
+            words = tl.where((upper >= first) & (upper < end), words, words & 0xFFFF)
+            words = tl.where((lower >= first) & (lower < end), words, words & -65536)
+            if parts == 1:
+                words = tl.where((lower >= first) & (lower < end), words, 0)
+        words = words & (0x7FFF7FFF if parts == 2 else 0x7FFFFFFF)
+    else:
+        lanes = tl.arange(0, block)
+        if (first == 0) & (end == block):
+            words = _scores(pointer, source, lanes, None, entry, last, infinity, score)
+        else:
+            there = (lanes >= first) & (lanes < end)
+            words = _scores(pointer, source, lanes, there, entry, last, infinity, score)
+            words = tl.where(there, words, 0)
+    return words
+
+
+@triton.jit
+def _window_start(
+    pointer: tl.tensor, source: tl.tensor, first: tl.tensor, end: tl.tensor,
+    entry: tl.constexpr, last: tl.constexpr, infinity: tl.constexpr, score: tl.constexpr,
+    shift: tl.constexpr, window: tl.constexpr, sample: tl.constexpr, block: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The first bin of a window; an eighth of it is above the largest finite one of a sample."""
+    lanes = tl.arange(0, sample) * (block // sample)
+    there = (lanes >= first) & (lanes < end)
+    patterns = _scores(pointer, source, lanes, there, entry, last, infinity, score)
+    infinite: tl.constexpr = infinity if score == "magnitude" else 0x7F800000
+    largest = tl.max(tl.where(there & (patterns < infinite), patterns, 0)) >> shift
+    low = tl.maximum(largest + window // 8 - (window - 2), 1)
+    return tl.minimum(low, (1 << 15) - (window - 1))
 
 
 @triton.jit(do_not_specialize=["tensors"])
 def _count_upper(
-    table: tl.tensor, windows: tl.tensor, counts: tl.tensor, tensors: tl.tensor,
-    itemsize: tl.constexpr, shift: tl.constexpr, bins: tl.constexpr, window: tl.constexpr,
-    shared: tl.constexpr, span: tl.constexpr, block: tl.constexpr,
+    table: tl.tensor, counts: tl.tensor, tensors: tl.tensor,
+    entry: tl.constexpr, weight: tl.constexpr, last: tl.constexpr, infinity: tl.constexpr,
+    score: tl.constexpr, aligned: tl.constexpr, alignment: tl.constexpr,
+    window: tl.constexpr, sample: tl.constexpr, shared: tl.constexpr, block: tl.constexpr,
+    rare_block: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Count the upper digit of every entry, most of them in shared memory.
-
-    Memory is read in words of 32 bits, one a thread at a time. Wider reads would give a thread
-    neighbouring entries, which Triton moves to other threads before it adds to global memory.
-    """
-    program = tl.program_id(0)
-    tensor = _tensor_of(table, tensors, program)
-    pointer, first, end = _place(table, tensor, program, tl.int32, itemsize, 4, span)
-    counts += tl.load(table + 4 * tensor + 2) * bins
-    low = tl.load(windows + tensor)
-    entries_a_word: tl.constexpr = 4 // itemsize
-    in_window = tl.zeros([window], dtype=tl.int32)
+    """Count the upper digit of every score, most of them in shared memory."""
+    tensor, pointer, first, end, source = _place(
+        table, tensors, entry, weight, score, aligned, alignment, block, True
+    )
+    counts += tl.load(table + _ROW * tensors + tensor) << 15
+    two_a_word: tl.constexpr = score == "magnitude" and entry.primitive_bitwidth == 16
+    shift: tl.constexpr = 0 if two_a_word else 16
+    low = 1 << 15
     not_zero = 0
-    for position in range(0, end, block):
-        lanes = position // entries_a_word + tl.arange(0, block // entries_a_word)
-        if (position >= first) & (position + block <= end):
-            words = tl.load(pointer + lanes)
-        else:
-            there = (lanes >= first // entries_a_word) & (lanes * entries_a_word < end)
-            words = tl.load(pointer + lanes, mask=there, other=0)
-            if entries_a_word == 2:  # The words at both ends may hold another tensor's entry.
-                words = tl.where(lanes * 2 < first, words & -65536, words)
-                words = tl.where(lanes * 2 + 1 == end, words & 65535, words)
-        rare = words != words
-        for part in tl.static_range(entries_a_word):
-            values = (words >> (shift + 16 * part)) & (bins - 1)
-            common = values < 0
-            if shared:
-                moved = (values - low).to(tl.uint32, bitcast=True)
-                common = moved < window
-                in_window += tl.histogram(moved.to(tl.int32, bitcast=True), window, mask=common)
-            rare = rare | ((values > 0) & (common == 0))
-        if tl.max(rare.to(tl.int32)) > 0:
-            for part in tl.static_range(entries_a_word):
-                values = (words >> (shift + 16 * part)) & (bins - 1)
-                others = values > 0
-                if shared:
-                    others = others & ((values < low) | (values >= low + window))
-                not_zero += tl.sum(others.to(tl.int32))
-                tl.atomic_add(counts + values, 1, mask=others, sem="relaxed")
     if shared:
-        bin_of = low + tl.arange(0, window)
-        in_window = tl.where(bin_of > 0, in_window, 0)
-        not_zero += tl.sum(in_window)
-        tl.atomic_add(counts + bin_of, in_window, mask=in_window > 0, sem="relaxed")
+        low = _window_start(
+            pointer, source, first, end, entry, last, infinity, score, shift, window, sample, block
+        )
+        words = _upper_words(
+            pointer, source, first, end, entry, last, infinity, score, alignment, block
+        )
+        # Bins below the window become large as unsigned numbers. All that lie outside meet in the
+        # last bin; that no index can be larger spares the compiler a branch for each entry.
+        bins = (words - (low << 16)).to(tl.uint32, bitcast=True)
+        bins = (tl.minimum(bins, (window << 16) - 1) >> 16).to(tl.int32, bitcast=True)
+        if two_a_word:
+            lower_bins = ((words & 0xFFFF) - low).to(tl.uint32, bitcast=True)
+            lower_bins = tl.minimum(lower_bins, window - 1).to(tl.int32, bitcast=True)
+            bins = tl.reshape(tl.join(bins, lower_bins), [block])
+        in_window = tl.histogram(bins, window)
+        bin_of = tl.arange(0, window)
+        in_window = tl.where(bin_of < window - 1, in_window, 0)
+        not_zero = tl.sum(in_window)
+        tl.atomic_add(counts + low + bin_of, in_window, mask=in_window > 0, sem="relaxed")
+    if not_zero < end - first:
+        for position in range(0, end, rare_block):
+            lanes = position + tl.arange(0, rare_block)
+            there = (lanes >= first) & (lanes < end)
+            values = _scores(pointer, source, lanes, there, entry, last, infinity, score) >> shift
+            are_rare = there & (values > 0) & ((values < low) | (values > low + (window - 2)))
+            rare = tl.sum(are_rare.to(tl.int32))
+            if rare > 0:
+                not_zero += rare
+                tl.atomic_add(counts + values, 1, mask=are_rare, sem="relaxed")
     tl.atomic_add(counts, end - first - not_zero, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["tensors"])
 def _count_lower(
     table: tl.tensor, prefixes: tl.tensor, counts: tl.tensor, tensors: tl.tensor,
+    entry: tl.constexpr, weight: tl.constexpr, last: tl.constexpr, infinity: tl.constexpr,
+    score: tl.constexpr, aligned: tl.constexpr, alignment: tl.constexpr,
     shift: tl.constexpr, width: tl.constexpr, span: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Count a digit of the few fp32 entries whose bits above it are those of the row's prefix."""
-    program = tl.program_id(0)
-    tensor = _tensor_of(table, tensors, program)
-    pointer, _, end = _place(table, tensor, program, tl.int32, 4, 4, span)
-    row = tl.load(table + 4 * tensor + 2)
-    prefix = tl.load(prefixes + row).to(tl.int32)
+    """Count a digit of the few entries whose bits above it are those of the row's prefix."""
+    tensor, pointer, first, end, source = _place(
+        table, tensors, entry, weight, score, aligned, alignment, span, False
+    )
+    row = tl.load(table + _ROW * tensors + tensor)
+    above: tl.constexpr = shift + width
+    prefix = tl.load(prefixes + row).to(tl.int32) << above
     counts += row << width
-    zeros = 0
+    zeros = tl.zeros([block], dtype=tl.int32)
     for position in range(0, end, block):
         lanes = position + tl.arange(0, block)
-        there = lanes < end
-        magnitudes = tl.load(pointer + lanes, mask=there, other=0) & 0x7FFFFFFF
-        matches = there & ((magnitudes >> (shift + width)) == prefix)
-        values = (magnitudes >> shift) & ((1 << width) - 1)
-        zeros += tl.sum((matches & (values == 0)).to(tl.int32))
-        tl.atomic_add(counts + values, 1, mask=matches & (values > 0), sem="relaxed")
-    tl.atomic_add(counts, zeros, mask=zeros > 0, sem="relaxed")
+        if (position >= first) & (position + block <= end):
+            patterns = _scores(pointer, source, lanes, None, entry, last, infinity, score)
+        else:
+            there = (lanes >= first) & (lanes < end)
+            patterns = _scores(pointer, source, lanes, there, entry, last, infinity, score)
+            patterns = tl.where(there, patterns, -1)
+        # As unsigned numbers, patterns below the prefix are large: one comparison tells a match.
+        digits = (patterns - prefix).to(tl.uint32, bitcast=True)
+        zeros += (digits < (1 << shift)).to(tl.int32)
+        if width > 0:
+            not_zero = digits - (1 << shift) < (1 << above) - (1 << shift)
+            tl.atomic_add(counts + (digits >> shift), 1, mask=not_zero, sem="relaxed")
+    tl.atomic_add(counts, tl.sum(zeros), sem="relaxed")
 
 
 @triton.jit
 def _masked(
-    patterns: tl.tensor, threshold: tl.tensor, pattern: tl.constexpr, value: tl.constexpr,
-    last: tl.constexpr,
+    patterns: tl.tensor, source: tl.tensor, lanes: tl.tensor, there: tl.tensor,
+    threshold: tl.tensor, entry: tl.constexpr, last: tl.constexpr, infinity: tl.constexpr,
+    score: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """A block after masking; its non-zero entries then, and sums of squares before and then."""
     magnitudes = patterns.to(tl.int32) & last
-    keep = magnitudes >= threshold
-    values = magnitudes.to(pattern).to(value, bitcast=True).to(tl.float32)
+    keep = _score(magnitudes, source, lanes, there, entry, infinity, score) >= threshold
+    values = _value(magnitudes, entry)
     squares = values * values
     kept = tl.sum((keep & (magnitudes > 0)).to(tl.int32))
     after = tl.sum(tl.where(keep, squares, 0.0))
-    return tl.where(keep, patterns, 0).to(pattern), kept, tl.sum(squares), after
+    return tl.where(keep, patterns, 0).to(patterns.dtype), kept, tl.sum(squares), after
 
 
 @triton.jit(do_not_specialize=["tensors"])
 def _mask_below(
     table: tl.tensor, thresholds: tl.tensor, totals: tl.tensor, tensors: tl.tensor,
-    pattern: tl.constexpr, value: tl.constexpr, itemsize: tl.constexpr, last: tl.constexpr,
+    entry: tl.constexpr, weight: tl.constexpr, last: tl.constexpr, infinity: tl.constexpr,
+    score: tl.constexpr, aligned: tl.constexpr, alignment: tl.constexpr,
     span: tl.constexpr, block: tl.constexpr,
 ) -> None:  # fmt: skip
     """Set to zero what lies below the row's threshold, and add up the statistics."""
-    program = tl.program_id(0)
-    tensor = _tensor_of(table, tensors, program)
-    pointer, first, end = _place(table, tensor, program, pattern, itemsize, 16, span)
-    threshold = tl.load(thresholds + tl.load(table + 4 * tensor + 2)).to(tl.int32)
+    tensor, pointer, first, end, source = _place(
+        table, tensors, entry, weight, score, aligned, alignment, span, True
+    )
+    threshold = tl.load(thresholds + tl.load(table + _ROW * tensors + tensor)).to(tl.int32)
     kept = 0
     before = tl.zeros([], dtype=tl.float64)
     after = tl.zeros([], dtype=tl.float64)
@@ -224,14 +371,14 @@ def _mask_below(
         if (position >= first) & (position + block <= end):
             patterns = tl.load(pointer + lanes)
             result, kept_here, before_here, after_here = _masked(
-                patterns, threshold, pattern, value, last
+                patterns, source, lanes, None, threshold, entry, last, infinity, score
             )
             tl.store(pointer + lanes, result)
         else:
             there = (lanes >= first) & (lanes < end)
             patterns = tl.load(pointer + lanes, mask=there, other=0)
             result, kept_here, before_here, after_here = _masked(
-                patterns, threshold, pattern, value, last
+                patterns, source, lanes, there, threshold, entry, last, infinity, score
             )
             tl.store(pointer + lanes, result, mask=there)
         kept += kept_here
@@ -244,27 +391,161 @@ def _mask_below(
     tl.atomic_add(totals + 3, after, sem="relaxed")
 
 
-def supports(kind: Kind) -> bool:
-    """Whether there are kernels for scores of that kind."""
-    return kind.scores is Magnitudes and kind.entries in DTYPES
+class Kind(NamedTuple):
+    """What the tensors of a launch have in common, for which its kernel is specialised.
 
-
-def _table(scores: Sequence[Scores], rows: Sequence[int], device: torch.device) -> tuple[Any, int]:
-    """Address, entries, row and first program of each tensor, int64 ``(tensors, 4)``.
-
-    Also the number of programs. A pinned buffer is handed out again only after the copy from it
-    is over, which PyTorch's allocator sees to.
+    Attributes:
+        score: Where scores come from: "magnitude", "product" or "hash".
+        entry: The entries' dtype.
+        weight: The weights' dtype for products, else that of the entries.
+        aligned: Whether weights can be read as the entries are, 16 bytes at a time.
     """
-    table: list[list[int]] = []
+
+    score: str
+    entry: torch.dtype
+    weight: torch.dtype
+    aligned: bool
+
+    def constants(self) -> dict[str, Any]:
+        """What all kernels are specialised for."""
+        return {
+            "entry": _VALUE[self.entry],
+            "weight": _VALUE[self.weight],
+            "last": _LAST[self.entry.itemsize],
+            "infinity": _INFINITY[self.entry],
+            "score": self.score,
+            "aligned": self.aligned,
+            "alignment": _ALIGNMENT,
+        }
+
+    def dtype(self) -> torch.dtype:
+        """The dtype of the scores."""
+        return self.entry if self.score == "magnitude" else torch.float32
+
+
+class Launch(NamedTuple):
+    """A kernel, and how it is compiled and started.
+
+    Attributes:
+        kernel: Made by ``triton.jit``.
+        constants: What it is specialised for.
+        span: Entries a program.
+        options: Of the compiler.
+    """
+
+    kernel: Any
+    constants: dict[str, Any]
+    span: int
+    options: dict[str, int]
+
+    def run(self, programs: int, *arguments: object) -> None:
+        """Start that many programs."""
+        self.kernel[(programs,)](*arguments, **self.constants, **self.options)
+
+
+def count_launch(kind: Kind, digit: Digit, has_prefixes: bool) -> Launch:
+    """How a digit is counted; with prefixes, only in entries whose bits above it are these.
+
+    Without them the digit is the upper one, the first 15 bits after the sign.
+    """
+    if has_prefixes:
+        constants = {"shift": digit.shift, "width": digit.width}
+        size = _LOWER
+        return Launch(
+            _count_lower, kind.constants() | constants | size.constants(), size.span, size.options()
+        )
+    assert digit == Digit(kind.dtype().itemsize * 8 - 16, 15)
+    block = _BLOCK[kind.dtype()]
+    constants = {
+        "window": _WINDOW[kind.dtype()],
+        "sample": min(_SAMPLE, block),
+        "shared": _HISTOGRAM_IS_FAST,
+        "block": block,
+        "rare_block": min(_RARE_BLOCK, block),
+    }
+    options = {"num_warps": 8}
+    if kind.score != "magnitude" and torch.version.hip is None:
+        options["maxnreg"] = 128  # so that two programs share a multiprocessor, as they do there
+    return Launch(_count_upper, kind.constants() | constants, block, options)
+
+
+def mask_launch(kind: Kind) -> Launch:
+    """How entries are masked."""
+    return Launch(_mask_below, kind.constants() | _MASK.constants(), _MASK.span, _MASK.options())
+
+
+def supports(kind: KindOfScores) -> bool:
+    """Whether there are kernels for scores of that kind: all that need not be read as scores."""
+    dtypes = {kind.entries} if kind.weights is None else {kind.entries, kind.weights}
+    return kind.scores is not Given and dtypes <= DTYPES
+
+
+def boundaries(itemsize: int) -> Iterator[tuple[int, int]]:
+    """:func:`boundary_layouts` for the span of every kernel."""
+    for span in sorted({_LOWER.span, _MASK.span, *_BLOCK.values()}):
+        yield from boundary_layouts(itemsize, span)
+
+
+def boundary_layouts(itemsize: int, span: int) -> Iterator[tuple[int, int]]:
+    """Where a tensor may lie that ends close to the end of a program's span.
+
+    A program that is told of more entries than a tensor has, or of fewer, is wrong only where the
+    tensor's end lies within 16 bytes of the end of a span, so a random layout hardly ever shows it.
+
+    Args:
+        itemsize: Bytes of an entry.
+        span: Entries of a program.
+
+    Yields:
+        Pairs of integers: how many entries after an address that is a multiple of 16 bytes the
+        tensor starts, and how many entries it has.
+    """
+    entries_a_vector = _ALIGNMENT // itemsize
+    for offset in range(entries_a_vector):
+        for programs in (1, 2):
+            for missing in range(-2, entries_a_vector + 2):
+                yield offset, span * programs - missing
+
+
+def _kind(scores: Sequence[Scores]) -> Kind:
+    """What ``scores``, of one class and of the same dtypes, have in common."""
+    entry = scores[0].entries.dtype
+    if isinstance(scores[0], Products):
+        aligned = all(
+            isinstance(score, Products) and _is_aligned(score.entries, score.weights)
+            for score in scores
+        )
+        return Kind("product", entry, scores[0].weights.dtype, aligned)
+    return Kind("hash" if isinstance(scores[0], Hashes) else "magnitude", entry, entry, True)
+
+
+def _is_aligned(entries: Tensor, weights: Tensor) -> bool:
+    """Whether the weight of an entry at a multiple of 16 bytes is at a multiple of 16 bytes."""
+    unaligned = entries.data_ptr() % _ALIGNMENT // entries.element_size()
+    return (weights.data_ptr() - unaligned * weights.element_size()) % _ALIGNMENT == 0
+
+
+def _table(
+    scores: Sequence[Scores], rows: Sequence[int], span: int, device: torch.device
+) -> tuple[Tensor, int]:
+    """What kernels are told of each tensor, int64 ``(7, tensors)``, and the number of programs.
+
+    The rows of the table are the tensor's address, entries and row, its first program, the address
+    of its weights, the key and the first position of its hashes. A pinned buffer is handed out
+    again only after the copy from it is over, which PyTorch's allocator sees to.
+    """
+    table: list[tuple[int, ...]] = []
     programs = 0
     for score, row in zip(scores, rows, strict=True):
-        tensor = score.entries
-        address, entries = tensor.data_ptr(), tensor.numel()
-        table.append([address, entries, row, programs])
-        unaligned = address % 16 // tensor.element_size()
-        programs += triton.cdiv(unaligned + entries, _SPAN) if entries else 0
+        address, entries = score.entries.data_ptr(), score.entries.numel()
+        weights = score.weights.data_ptr() if isinstance(score, Products) else 0
+        key, position = (score.key, score.first) if isinstance(score, Hashes) else (0, 0)
+        table.append((address, entries, row, programs, weights, key, position))
+        unaligned = address % _ALIGNMENT // score.entries.element_size()
+        programs += triton.cdiv(unaligned + entries, span) if entries else 0
     is_gpu = device.type != "cpu"
-    host = torch.tensor(table, dtype=torch.int64, pin_memory=is_gpu)
+    columns = list(zip(*table, strict=True))
+    host = torch.tensor(columns, dtype=torch.int64, pin_memory=is_gpu)
     return host.to(device, non_blocking=True), programs
 
 
@@ -281,42 +562,21 @@ def count_digits(
     prefixes: Tensor | None,
     counts: Tensor,
 ) -> None:
-    """:func:`axolotl_gmt.passes.count_digits` for GPU tensors that all are ``dtype``."""
-    device = counts.device
-    table, programs = _table(scores, rows, device)
+    """:func:`axolotl_gmt.passes.count_digits` for scores of GPU tensors, compared as ``dtype``.
+
+    All scores are of one class. Their entries are of one dtype, and so are their weights.
+    """
+    if not scores:
+        return
+    kind = _kind(scores)
+    assert kind.dtype() == dtype
+    launch = count_launch(kind, digit, prefixes is not None)
+    table, programs = _table(scores, rows, launch.span, counts.device)
     if programs == 0:
         return
-    launch = {"span": _SPAN, "block": _COUNT_BLOCK, "num_warps": 16}
-    with _on(device):
-        if prefixes is not None:
-            bits = {"shift": digit.shift, "width": digit.width}
-            _count_lower[(programs,)](table, prefixes, counts, len(scores), **bits, **launch)
-            return
-        bins = {
-            "shift": digit.shift,
-            "bins": 1 << digit.width,
-            "window": min(_WINDOW[dtype], 1 << digit.width),
-        }
-        windows = torch.empty(len(scores), dtype=torch.int32, device=device)
-        _place_windows[(len(scores),)](
-            table,
-            windows,
-            **bins,
-            pattern=_PATTERN[dtype.itemsize],
-            last=_LAST[dtype.itemsize],
-            infinity=_INFINITY[dtype],
-            sample=_SAMPLE,
-        )
-        _count_upper[(programs,)](
-            table,
-            windows,
-            counts,
-            len(scores),
-            **bins,
-            **launch,
-            itemsize=dtype.itemsize,
-            shared=_HISTOGRAM_IS_FAST,
-        )
+    of_row = () if prefixes is None else (prefixes,)
+    with _on(counts.device):
+        launch.run(programs, table, *of_row, counts, len(scores))
 
 
 def mask_below_(
@@ -326,21 +586,17 @@ def mask_below_(
     thresholds: Tensor,
     totals: Tensor,
 ) -> None:
-    """:func:`axolotl_gmt.passes.mask_below_` for GPU tensors that all are ``dtype``."""
-    table, programs = _table(scores, rows, totals.device)
+    """:func:`axolotl_gmt.passes.mask_below_` for scores of GPU tensors, compared as ``dtype``.
+
+    All scores are of one class. Their entries are of one dtype, and so are their weights.
+    """
+    if not scores:
+        return
+    kind = _kind(scores)
+    assert kind.dtype() == dtype
+    launch = mask_launch(kind)
+    table, programs = _table(scores, rows, launch.span, totals.device)
     if programs == 0:
         return
     with _on(totals.device):
-        _mask_below[(programs,)](
-            table,
-            thresholds,
-            totals,
-            len(scores),
-            pattern=_PATTERN[dtype.itemsize],
-            value=_VALUE[dtype],
-            itemsize=dtype.itemsize,
-            last=_LAST[dtype.itemsize],
-            span=_SPAN,
-            block=_MASK_BLOCK,
-            num_warps=8,
-        )
+        launch.run(programs, table, thresholds, totals, len(scores))

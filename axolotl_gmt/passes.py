@@ -238,9 +238,11 @@ def keep_candidates(
 
 def finds_between(scores: Sequence[Scores], dtype: torch.dtype) -> bool:
     """Whether :func:`keep_between` can take these scores: hashes, for which there is a pass."""
-    return all(isinstance(score, Hashes) and score.entries.is_cpu for score in scores) and all(
-        part.backend is not None
-        for part in _parts(scores, range(len(scores)), dtype, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    return (
+        copies_candidates(cpu)
+        and all(isinstance(score, Hashes) and score.entries.is_cpu for score in scores)
+        and all(part.backend for part in _parts(scores, range(len(scores)), dtype, cpu))
     )
 
 
@@ -446,6 +448,10 @@ def forget_backends() -> None:
     _backend.cache_clear()
 
 
+# Offset and size, in entries, of tensors that are compared: empty, tiny, and of several threads.
+_LAYOUT = [(0, 3000), (3, 70_001), (1, 0), (2, 1), (1, 63), (0, 65)]
+
+
 @torch.no_grad()
 def compare_with_torch(module: Backend, device: torch.device, kind: Kind) -> None:
     """Compile the passes for a kind of scores, and check on this device that they do as torch's.
@@ -460,9 +466,9 @@ def compare_with_torch(module: Backend, device: torch.device, kind: Kind) -> Non
 
 def _examples(module: Backend, kind: Kind, device: torch.device) -> Iterator[list[Scores]]:
     """Scores of a kind at addresses and of sizes around those where a pass may go wrong."""
-    layouts = [[(0, 3000), (3, 70_001), (1, 0), (2, 1), (1, 63), (0, 65)]]
-    if hasattr(module, "boundary_layouts"):
-        layouts.append(list(module.boundary_layouts(kind.entries.itemsize)))
+    layouts = [_LAYOUT]
+    if hasattr(module, "boundaries"):
+        layouts.append(list(module.boundaries(kind.entries.itemsize)))
     generator = torch.Generator().manual_seed(0)
     for layout in layouts:
         scores = []

@@ -7,17 +7,19 @@ Tests run them where Triton interprets its kernels; on a machine with a GPU
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from axolotl_gmt import passes
 from axolotl_gmt.passes import Digit
-from axolotl_gmt.scores import Magnitudes
+from axolotl_gmt.scores import Hashes, Magnitudes, Products, Scores, uniform
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BITS = {2: torch.int16, 4: torch.int32}
@@ -40,6 +42,12 @@ def _patterns(size: int, dtype: torch.dtype, generator: torch.Generator) -> Tens
     drawn[::11] = 0
     drawn[::13] = info.min
     return drawn.view(dtype)
+
+
+def _finite_patterns(size: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Any patterns but those whose squares leave float32's range."""
+    entries = _patterns(size, dtype, generator)
+    return torch.where(entries.float().abs() < 1e15, entries, 1)
 
 
 def _normal(size: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -99,7 +107,9 @@ def check_counts(module: Any, device: str, name: str, layout: str, content: str)
         got = expected.clone()
         for tensor, row in zip(tensors, rows, strict=True):
             passes._count_by_torch(Magnitudes(tensor), row, dtype, digit, prefixes, expected)
-        module.count_digits([Magnitudes(t) for t in tensors], rows, dtype, digit, prefixes, got)
+        module.count_digits(
+            [Magnitudes(tensor) for tensor in tensors], rows, dtype, digit, prefixes, got
+        )
         assert torch.equal(got, expected), (digit, width, (got != expected).nonzero()[:5])
 
 
@@ -117,7 +127,7 @@ def check_masks(module: Any, device: str, name: str, layout: str, content: str) 
     wanted = totals.clone()
     for tensor, row, total in zip(cut(expected), rows, wanted, strict=True):
         passes._mask_by_torch_(Magnitudes(tensor), dtype, thresholds[row], total)
-    module.mask_below_([Magnitudes(t) for t in cut(got)], rows, dtype, thresholds, totals)
+    module.mask_below_([Magnitudes(tensor) for tensor in cut(got)], rows, dtype, thresholds, totals)
     assert torch.equal(got.view(BITS[dtype.itemsize]), expected.view(BITS[dtype.itemsize]))
     assert torch.equal(totals[:, :2], wanted[:, :2])
     if content != "any patterns" and content != "sparse":  # Squares there leave float32's range.
@@ -137,58 +147,163 @@ def check_triton(device: str, name: str, layout: str, histogram_is_fast: bool = 
             check_masks(kernels, device, name, layout, content)
 
 
-def compile_triton(name: str) -> None:
-    """Compile each kernel to machine code of an NVIDIA H100, which needs no GPU."""
-    from triton import compile as compile_kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def _score_by_torch(score: Scores) -> Tensor:
+    """Scores in memory, slowly: what a kernel makes as it goes."""
+    match score:
+        case Magnitudes(entries):
+            return entries
+        case Products(entries, weights):
+            products = entries.float() * weights.float()
+            return products.masked_fill(products.isnan(), torch.inf)
+        case Hashes(entries, key, first):
+            positions = first + torch.arange(len(entries), device=entries.device)
+            return uniform(positions, key).masked_fill(~entries.isfinite(), torch.inf)
+        case _:
+            raise TypeError(score)
 
+
+def _with_entries(score: Scores, entries: Tensor) -> Scores:
+    return dataclasses.replace(score, entries=entries)
+
+
+def _scored(
+    name: str, entries: Sequence[Tensor], weight: torch.dtype, weights_lie_apart: int
+) -> list[Scores]:
+    """Scores of ``entries``; weights start as many entries later within 16 bytes as is said."""
+    generator = torch.Generator().manual_seed(len(entries))
+    scores: list[Scores] = []
+    for index, tensor in enumerate(entries):
+        if name == "magnitude":
+            scores.append(Magnitudes(tensor))
+        elif name == "product":
+            offset = tensor.data_ptr() % 16 // tensor.element_size() + weights_lie_apart
+            size = offset + len(tensor)
+            memory = (
+                _normal(size, weight, generator) if index % 2 else _ties(size, weight, generator)
+            )
+            memory[offset::11] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])[index % 4]
+            scores.append(Products(tensor, memory.to(tensor.device)[offset:]))
+        else:
+            key = int(torch.randint(-(2**63), 2**63 - 1, (), generator=generator))
+            scores.append(Hashes(tensor, key, (1 << 40) * (index % 3) + 7 * index))
+    return scores
+
+
+def check_scores(
+    module: Any, scores: Sequence[Scores], rows: Sequence[int], digits: Sequence[Digit]
+) -> None:
+    """Counts and masks are those that the scores, made by torch, give.
+
+    Args:
+        module: Passes that take scores.
+        scores: Of one class and of the same dtypes.
+        rows: The row of each.
+        digits: Which to count besides the upper one, where the bits above match.
+    """
+    by_torch = [_score_by_torch(score) for score in scores]
+    dtype, device = by_torch[0].dtype, by_torch[0].device
+    patterns = [passes.magnitude_patterns(score, dtype).long() for score in by_torch]
+    infinity = int(passes.magnitude_patterns(torch.tensor(torch.inf), dtype))
+    of_rows = [
+        torch.cat([pattern for pattern, other in zip(patterns, rows, strict=True) if other == row])
+        for row in range(max(rows) + 1)
+    ]
+    some = torch.stack([pattern.median() for pattern in of_rows]).clamp(max=infinity)
+    upper = Digit(dtype.itemsize * 8 - 16, 15)
+    for digit in (upper, *digits):
+        prefixes = None if digit == upper else some >> (digit.shift + digit.width)
+        got = torch.zeros(len(of_rows), 1 << digit.width, dtype=torch.int32, device=device)
+        module.count_digits(scores, rows, dtype, digit, prefixes, got)
+        for row, pattern in enumerate(of_rows):
+            if prefixes is not None:
+                pattern = pattern[pattern >> (digit.shift + digit.width) == prefixes[row]]
+            values = (pattern >> digit.shift) & ((1 << digit.width) - 1)
+            difference = got[row] - values.bincount(minlength=1 << digit.width)
+            lie = [
+                (score.entries.data_ptr() % 16, len(score.entries))
+                for score, other in zip(scores, rows, strict=True)
+                if other == row
+            ]
+            wrong = difference.nonzero().flatten()[:5]
+            assert not difference.any(), (digit, lie, wrong, difference[wrong])
+    memory = [score.entries.clone() for score in scores]
+    totals = torch.zeros(len(scores), 4, dtype=torch.float64, device=device)
+    expected_totals = totals.clone()
+    for index, (score, pattern, row) in enumerate(zip(scores, patterns, rows, strict=True)):
+        kept = score.entries.masked_fill(pattern < some[row], 0)
+        total = [len(kept), kept.count_nonzero()]
+        total += [of.double().square().sum() for of in (score.entries, kept)]
+        expected_totals[index] = torch.stack([torch.as_tensor(number).cpu() for number in total])
+        memory[index] = kept
+    module.mask_below_(scores, rows, dtype, some, totals)  # In place, where alignment is drawn.
+    for score, kept in zip(scores, memory, strict=True):
+        bits = BITS[kept.itemsize]
+        assert torch.equal(score.entries.view(bits), kept.view(bits)), score.entries.data_ptr() % 16
+    assert torch.equal(totals[:, :2], expected_totals[:, :2])
+    torch.testing.assert_close(totals, expected_totals, rtol=1e-5, atol=0, equal_nan=True)
+
+
+def check_boundaries(
+    device: str, score: str, entry: str, weight: str = "bf16", weights_lie_apart: int = 0
+) -> None:
+    """Every entry is taken once, wherever a tensor lies and ends.
+
+    Programs are small, so that there are many of them and a window that does not hold all scores.
+    Memory around a tensor must stay as it is.
+    """
     from axolotl_gmt import kernels
 
-    dtype = DTYPES[name]
-    is_fp32 = dtype == torch.float32
-    layout = {"pattern": kernels._PATTERN[dtype.itemsize], "last": kernels._LAST[dtype.itemsize]}
-    bins = {"shift": 16 * is_fp32, "bins": 1 << 15, "window": kernels._WINDOW[dtype]}
-    span, item = {"span": kernels._SPAN}, {"itemsize": dtype.itemsize}
-    block = {"block": kernels._COUNT_BLOCK}
-    table, counts = {"table": "*i64"}, {"counts": "*i32", "tensors": "i32"}
-    made: list[tuple[Any, dict[str, str], dict[str, Any]]] = [
-        (
-            kernels._place_windows,
-            table | {"windows": "*i32"},
-            layout | bins | {"infinity": kernels._INFINITY[dtype], "sample": kernels._SAMPLE},
-        ),
-        (
-            kernels._count_upper,
-            table | {"windows": "*i32"} | counts,
-            item | bins | span | block | {"shared": kernels._HISTOGRAM_IS_FAST},
-        ),
-        (
-            kernels._mask_below,
-            table | {"thresholds": "*i64", "totals": "*fp64", "tensors": "i32"},
-            layout | item | span | {"value": kernels._VALUE[dtype], "block": kernels._MASK_BLOCK},
-        ),
+    dtype = DTYPES[entry]
+    span = 1 << 7
+    size = kernels._Size(span, span // 2, 4)
+    layouts = list(kernels.boundary_layouts(dtype.itemsize, span))
+    generator = torch.Generator().manual_seed(span)
+    memory = [
+        (_ties if index % 3 else _finite_patterns)(offset + entries + 32, dtype, generator).to(
+            device
+        )
+        for index, (offset, entries) in enumerate(layouts)
     ]
-    if is_fp32:
-        made.append(
-            (
-                kernels._count_lower,
-                table | {"prefixes": "*i64"} | counts,
-                span | block | {"shift": 0, "width": 16},
-            )
-        )
-    for kernel, arguments, constants in made:
-        names = kernel.arg_names
-        source = ASTSource(
-            kernel,
-            signature={argument: arguments.get(argument, "constexpr") for argument in names},
-            constexprs={(names.index(key),): value for key, value in constants.items()},
-        )
-        warps = 8 if kernel is kernels._mask_below else 16
-        compiled = compile_kernel(
-            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps}
-        )
-        assert compiled.asm["cubin"]
+    before = [tensor.clone() for tensor in memory]
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in memory)
+    tensors = [
+        tensor[offset : offset + entries]
+        for tensor, (offset, entries) in zip(memory, layouts, strict=True)
+    ]
+    scores = _scored(score, tensors, DTYPES[weight], weights_lie_apart)
+    of_every_dtype = dict.fromkeys(DTYPES.values())
+    with mock.patch.multiple(
+        kernels,
+        _BLOCK=of_every_dtype | dict.fromkeys(of_every_dtype, span),
+        _WINDOW=dict.fromkeys(of_every_dtype, 1 << 8),
+        _SAMPLE=1 << 5,
+        _RARE_BLOCK=span,
+        _LOWER=size,
+        _MASK=size,
+    ):
+        digits = [Digit(0, 16)] if score != "magnitude" or entry == "fp32" else [Digit(0, 0)]
+        check_scores(kernels, scores, range(len(scores)), digits)
+    for now, then, (offset, entries) in zip(memory, before, layouts, strict=True):
+        bits = BITS[now.itemsize]
+        for outside in (slice(offset), slice(offset + entries, None)):
+            assert torch.equal(now[outside].view(bits), then[outside].view(bits))
+
+
+def check_made_scores(device: str, score: str, entry: str, weight: str, apart: int) -> None:
+    """Scores that kernels make are those of torch, for programs of the usual size too."""
+    from axolotl_gmt import kernels
+
+    dtype = DTYPES[entry]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of products that overflow.
+        for layout in ("ragged", "aligned"):
+            memory, cut = _laid_out(layout, "normal", dtype, device)
+            memory[5::1009] = torch.tensor([torch.nan, torch.inf, 0.0]).repeat(len(memory))[
+                : len(memory[5::1009])
+            ]
+            scores = _scored(score, cut(memory), DTYPES[weight], apart)
+            rows = [index * 7 % 3 for index in range(len(scores))]
+            check_scores(kernels, scores, rows, [Digit(0, 16)])
 
 
 if __name__ == "__main__":

@@ -6,12 +6,12 @@ import multiprocessing
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests import kernel_checks
+from axolotl_gmt.config import Granularity
+from tests import gpu_path_checks, kernel_checks
 from tests.kernel_checks import CONTENTS, DTYPES, LAYOUTS
 
 # The slow interpreter needs no more than the smallest and the largest programs for both designs.
@@ -45,6 +45,61 @@ def test_triton_kernels_agree_with_torch(interpreter: Executor, dtype: str, layo
     interpreter.submit(kernel_checks.check_triton, "cpu", dtype, layout).result()
 
 
+@pytest.mark.parametrize("score", ["magnitude", "hash"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_kernels_take_every_entry_once_wherever_a_tensor_lies_and_ends(
+    interpreter: Executor, dtype: str, score: str
+) -> None:
+    interpreter.submit(kernel_checks.check_boundaries, "cpu", score, dtype).result()
+
+
+@pytest.mark.parametrize("apart", [0, 1])
+@pytest.mark.parametrize(
+    ("entry", "weight"), [("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "bf16")]
+)
+def test_triton_kernels_find_the_weight_of_every_entry_wherever_both_lie(
+    interpreter: Executor, entry: str, weight: str, apart: int
+) -> None:
+    interpreter.submit(
+        kernel_checks.check_boundaries, "cpu", "product", entry, weight, apart
+    ).result()
+
+
+@pytest.mark.parametrize("weight", DTYPES)
+@pytest.mark.parametrize("entry", DTYPES)
+def test_products_that_triton_kernels_make_are_those_of_torch(
+    interpreter: Executor, entry: str, weight: str
+) -> None:
+    apart = (list(DTYPES).index(entry) + list(DTYPES).index(weight)) % 2
+    interpreter.submit(
+        kernel_checks.check_made_scores, "cpu", "product", entry, weight, apart
+    ).result()
+
+
+@pytest.mark.parametrize("entry", DTYPES)
+def test_hashes_that_triton_kernels_make_are_those_of_torch(
+    interpreter: Executor, entry: str
+) -> None:
+    interpreter.submit(kernel_checks.check_made_scores, "cpu", "hash", entry, entry, 0).result()
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "layer", "global"])
+@pytest.mark.parametrize(
+    ("criterion", "dtype"),
+    [
+        *(("gradient", dtype) for dtype in (*DTYPES, "mixed")),
+        ("random", "bf16"),
+        ("random", "mixed"),
+        ("gradient_weight", "bf16"),
+        ("gradient_weight", "mixed"),
+    ],
+)
+def test_the_whole_triton_path_gives_the_mask_of_the_reference(
+    interpreter: Executor, criterion: str, dtype: str, granularity: Granularity
+) -> None:
+    interpreter.submit(gpu_path_checks.check, criterion, dtype, granularity).result()
+
+
 @pytest.mark.parametrize("layout", OLD_TRITON)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_triton_kernels_agree_with_torch_without_a_fast_histogram(
@@ -59,13 +114,6 @@ def test_triton_kernels_agree_with_torch_on_a_gpu(dtype: str) -> None:
     with _process() as process:
         for layout in LAYOUTS:
             process.submit(kernel_checks.check_triton, "cuda", dtype, layout).result()
-
-
-def test_triton_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    with _process(TRITON_CACHE_DIR=str(tmp_path)) as process:
-        for dtype in DTYPES:
-            process.submit(kernel_checks.compile_triton, dtype).result()
 
 
 @pytest.mark.parametrize("content", CONTENTS)
