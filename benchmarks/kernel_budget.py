@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-untyped"
 """What the Triton kernels cost a GPU, read from their machine code. No GPU is needed.
 
 Compiles each kernel ahead of time, disassembles it and counts the instructions on the way that most
@@ -95,7 +96,7 @@ class Case(NamedTuple):
     @property
     def entries_a_thread(self) -> float:
         """Entries that a thread takes on the way of most entries."""
-        return self.launch.constants["block"] / (LANES * self.launch.options["num_warps"])
+        return int(self.launch.constants["block"]) / (LANES * self.launch.options["num_warps"])
 
 
 def cases() -> Iterator[Case]:

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-untyped"
 """What the Triton kernels need of a GPU, held to a budget by compiling them ahead of time."""
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from axolotl_gmt import kernels
+from axolotl_gmt.scores import Products
 from benchmarks import kernel_budget
-from benchmarks.kernel_budget import Budget
+from benchmarks.kernel_budget import Budget, Case
 
 # Bytes of shared memory that a program may have: CUDA's programming guide, compute capabilities.
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -45,6 +48,12 @@ def amd_compiler() -> Iterator[Executor]:
     """A process of its own, since kernels know for which GPU PyTorch is made."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         yield process
+
+
+def _read(name: str, is_aligned: bool) -> Budget:
+    case = CASES[name]
+    kind = case.kind._replace(aligned=is_aligned)
+    return kernel_budget.budget(Case(case.step, kind, kernels.mask_launch(kind)), 90)
 
 
 def _budget(name: str, architecture: int) -> Budget:
@@ -98,3 +107,19 @@ def test_a_triton_kernel_spills_nothing_on_an_amd_gpu(amd_compiler: Executor, na
     figures = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\n", code)}
     assert figures["vgpr_spill_count"] == 0
     assert figures["group_segment_fixed_size"] <= 64 * 1024
+
+
+@pytest.mark.parametrize("apart", range(8))
+def test_a_triton_kernel_reads_weights_as_widely_as_they_lie(
+    compiler: Executor, apart: int
+) -> None:
+    memory = torch.zeros(2, 64, dtype=torch.bfloat16)
+    scores = [Products(memory[0, 3:40], memory[1, 3:40]), Products(memory[0], memory[1])]
+    if apart:
+        scores[1] = Products(memory[0, :40], memory[1, apart : 40 + apart])
+    kind = kernels._kind(scores)
+    assert kind.aligned == (apart == 0)
+    if apart < 2:
+        found = compiler.submit(_read, "mask, product bf16 x bf16", kind.aligned).result()
+        narrow = set() if kind.aligned else {"LDG.E.U16"}
+        assert found.accesses("LDG") == {"LDG.E.128"} | narrow
