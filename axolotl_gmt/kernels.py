@@ -495,6 +495,11 @@ def boundary_layouts(itemsize: int, span: int) -> Iterator[tuple[int, int]]:
                 yield offset, span * programs - missing
 
 
+def spans(dtype: torch.dtype) -> list[int]:
+    """How many entries a program takes, for the kernels that look at scores of ``dtype``."""
+    return sorted({_BLOCK[dtype], _LOWER.span, _MASK.span})
+
+
 def _kind(scores: Sequence[Scores]) -> Kind:
     """What ``scores``, of one class and of the same dtypes, have in common."""
     entry = scores[0].entries.dtype

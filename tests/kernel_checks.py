@@ -7,7 +7,6 @@ Tests run them where Triton interprets its kernels; on a machine with a GPU
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
