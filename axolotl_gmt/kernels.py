@@ -30,8 +30,8 @@ instructions from the machine code):
   would otherwise meet in one bin.
 - A hash takes more instructions than a 16-bit entry takes time to arrive.
 
-Older versions of Triton make ``tl.histogram`` of votes, at a cost that grows with the bins; with
-them every entry is added to global memory. That bounds their counting, not the bandwidth.
+Older versions of Triton, and all for AMD, make ``tl.histogram`` of votes, at a cost that grows with
+the bins; there every entry is added to global memory. That bounds counting, not the bandwidth.
 
 Extra memory: 56 bytes a tensor for the table.
 """
@@ -84,7 +84,7 @@ _LOWER = _Size(1 << 16, 1 << 12, 8)
 _MASK = _Size(1 << 16, 1 << 12, 8)
 
 _VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-_HISTOGRAM_IS_FAST = _VERSION >= (3, 8)
+_HISTOGRAM_IS_FAST = _VERSION >= (3, 8) and torch.version.hip is None
 
 # Rows of the table: what a kernel is told of each tensor.
 _ADDRESS, _ENTRIES, _ROW, _PROGRAM, _WEIGHTS, _KEY, _POSITION = map(tl.constexpr, range(7))
@@ -505,6 +505,11 @@ def boundary_layouts(itemsize: int, span: int) -> Iterator[tuple[int, int]]:
         for programs in (1, 2):
             for missing in range(-2, entries_a_vector + 2):
                 yield offset, span * programs - missing
+
+
+def spans(dtype: torch.dtype) -> list[int]:
+    """How many entries a program takes, for the kernels that look at scores of ``dtype``."""
+    return sorted({_BLOCK[dtype], _LOWER.span, _MASK.span})
 
 
 def _kind(scores: Sequence[Scores]) -> Kind:

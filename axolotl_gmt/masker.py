@@ -38,10 +38,8 @@ from axolotl_gmt.shards import (
     Rows,
     Shard,
     StepGradients,
-    check_same_on_all_ranks,
-    groups_of,
+    agree,
     plain_name,
-    raise_together,
     shape,
     step_gradients,
     sum_over_ranks,
@@ -117,18 +115,17 @@ class GradientMasker:
             ValueError: If the optimizer steps tensors that are not among the named parameters,
                 if a pattern matches none of the parameters that it steps, if the patterns leave
                 none to mask, if this masker is already attached to the optimizer, if GMT cannot
-                be exact in this set-up, or (also at a step) if the criterion breaks its contract.
+                be exact in this set-up, if another rank has other settings or parameters, or (also
+                at a step) if the criterion breaks its contract.
+            RuntimeError: (also at a step) Quoting the error of another rank.
         """
         gradients = step_gradients(optimizer, self._names)
-        self._check_patterns(gradients)
-        masked = self._masked(gradients)
-        if not masked:
-            raise ValueError(
-                "include and exclude together leave no parameter to mask. Change the patterns."
-            )
-        groups = groups_of(gradients.ranks(parameter) for _, parameter in masked)
-        check_same_on_all_ranks(self._facts(masked, gradients), groups)
-        self._find_scorers(masked)
+        facts, failure = {}, None
+        try:
+            facts = self._prepare(gradients)
+        except Exception as error:  # Whatever it is, other ranks must not wait for this one.
+            failure = error
+        agree(gradients.groups(), facts, failure)
         handle = self._handles.get(gradients.optimizer)
         if handle is not None and handle.id in (handle.hooks_dict_ref() or ()):
             raise ValueError(
@@ -159,15 +156,24 @@ class GradientMasker:
         # The same order on every rank, also where an optimizer was made of a set.
         return sorted(masked, key=itemgetter(0))
 
-    def _facts(
-        self, masked: Sequence[tuple[str, Tensor]], gradients: StepGradients
-    ) -> dict[str, str]:
-        """What ranks that share a gradient must have in common to choose one mask."""
-        facts = {
-            f"{setting} (gmt_{setting} in YAML)": repr(getattr(self.config, setting))
-            for setting in ("mask_ratio", "granularity", "criterion", "include", "exclude", "seed")
+    def _prepare(self, gradients: StepGradients) -> dict[str, str]:
+        """Check that there is something to mask, and ask the criterion how.
+
+        Returns:
+            What ranks that share a gradient must have in common to choose one mask.
+        """
+        self._check_patterns(gradients)
+        masked = self._masked(gradients)
+        if not masked:
+            raise ValueError(
+                "include and exclude together leave no parameter to mask. Change the patterns."
+            )
+        self._find_scorers(masked)
+        settings = {
+            f"{setting} (gmt_{setting} in YAML)": repr(value)
+            for setting, value in self.config.model_dump().items()
         }
-        return facts | {
+        return settings | {
             name: f"{tuple(shape(parameter))} {parameter.dtype}, {gradients.layout(parameter)}"
             for name, parameter in masked
         }
@@ -237,13 +243,12 @@ class GradientMasker:
         """
         if not self._is_first and any(not parameter.is_cpu for _, parameter in masked):
             return self._shards(masked, gradients)
-        groups = groups_of(gradients.ranks(parameter) for _, parameter in masked)
         shards, failure = [], None
         try:
             shards = self._shards(masked, gradients)
         except Exception as error:  # Whatever it is, the others must not wait for this rank.
             failure = error
-        raise_together(failure, groups)
+        agree(gradients.groups(), {}, failure)
         self._is_first = False
         return shards
 

@@ -10,7 +10,7 @@ import hashlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -130,6 +130,21 @@ class StepGradients:
             empty = _local(reference).new_empty(0, dtype=_gradient_dtype(parameter))
             return Shard(name, parameter, empty, ranks)
         return Shard(name, parameter, _local_entries(parameter, gradient), ranks)
+
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Each process group that holds shards, in an order that is the same on all ranks.
+
+        These are the groups of all parameters, also of those that settings leave unmasked, since
+        the settings themselves may differ between ranks.
+        """
+        groups = {group for parameter in self._stepped() for group in self.ranks(parameter)}
+        by_name = sorted(groups, key=lambda group: group.group_name)
+        one_each = {tuple(dist.get_process_group_ranks(group)): group for group in by_name}
+        return [one_each[ranks] for ranks in sorted(one_each)]
+
+    def _stepped(self) -> Iterator[Tensor]:
+        for group in self.optimizer.param_groups:
+            yield from group["params"]
 
     def ranks(self, parameter: Tensor) -> Ranks:
         """Who holds the shards of ``parameter``'s gradient, whether or not there is one now."""
@@ -341,71 +356,74 @@ def _check_like_parameter(name: str, parameter: Tensor, gradient: Tensor) -> Non
             )
 
 
-def groups_of(every: Iterable[Ranks]) -> list[dist.ProcessGroup]:
-    """The distinct process groups, in an order that all ranks share."""
-    return sorted(
-        dict.fromkeys(group for ranks in every for group in ranks),
-        key=dist.get_process_group_ranks,
-    )
+def agree(
+    groups: Sequence[dist.ProcessGroup], facts: Mapping[str, str], error: Exception | None
+) -> None:
+    """Return on all ranks of ``groups`` if their facts are the same and none has an error.
 
-
-def check_same_on_all_ranks(facts: Mapping[str, str], groups: Sequence[dist.ProcessGroup]) -> None:
-    """Raise on every rank of ``groups`` if what must be the same differs on one.
+    Ranks that disagree would each wait for collectives that the others never start, or add up
+    counts of different tensors.
 
     Args:
-        facts: What must be the same, by what it is called.
-        groups: From :func:`groups_of`.
+        groups: The groups that this rank is in, in an order that all ranks share.
+        facts: What must be the same, by what it is called in a message.
+        error: What was raised in this process.
 
     Raises:
-        ValueError: Naming two ranks that differ, the first fact in which they do, and both values.
+        Exception: ``error``, if there is one.
+        RuntimeError: Quoting another rank's error.
+        ValueError: Naming a rank whose facts differ, and the first that does.
     """
-    digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
-    for group in groups:
-        if len(set(_gather(digest, group))) == 1:
-            continue
-        first, *others = _gather(dict(facts), group)
-        ranks = dist.get_process_group_ranks(group)
-        rank, other = next(
-            (rank, other) for rank, other in zip(ranks[1:], others, strict=True) if other != first
+    problem: ValueError | RuntimeError | None = None
+    if error is not None and groups:
+        problem = RuntimeError(
+            "Another rank cannot mask its gradients. "
+            f"On rank {dist.get_rank()}: {type(error).__name__}: {error}"
         )
-        what = min(key for key in {*first, *other} if first.get(key) != other.get(key))
-        raise ValueError(
-            f"Ranks {ranks[0]} and {rank} do not train alike, so that they would choose different "
-            f"masks: {what} is {first.get(what, 'absent')} on rank {ranks[0]} and "
-            f"{other.get(what, 'absent')} on rank {rank}. Give all ranks the same model and "
-            "settings."
-        )
-
-
-def raise_together(error: Exception | None, groups: Sequence[dist.ProcessGroup]) -> None:
-    """Raise on every rank of ``groups`` if there is an error on one, so that none waits for it.
-
-    Args:
-        error: This rank's.
-        groups: From :func:`groups_of`.
-
-    Raises:
-        Exception: ``error`` itself on the rank that has it.
-        RuntimeError: Elsewhere, naming a rank and its error.
-    """
-    found = None if error is None else f"rank {dist.get_rank()}: {type(error).__name__}: {error}"
-    if error is not None and not groups:
-        raise error
-    for group in groups:
-        flag = torch.tensor([found is not None], dtype=torch.int32)
-        sum_over_ranks(flag, (group,))
-        if flag.item():  # What one group learns it tells the next.
-            found = next(text for text in _gather(found, group) if text is not None)
+    # A mesh of several dimensions has a group for each. Going there and back carries what one
+    # rank knows to all of the mesh, also to those that share no group with it.
+    for group in groups if len(groups) == 1 else (*groups, *reversed(groups)):
+        problem = _problem_in(group, facts, problem)
     if error is not None:
         raise error
-    if found is not None:
-        raise RuntimeError(f"Another rank cannot mask its gradients. On {found}")
+    if problem is not None:
+        raise problem
 
 
-def _gather[Value](value: Value, group: dist.ProcessGroup) -> list[Value]:
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
+def _problem_in(
+    group: dist.ProcessGroup, facts: Mapping[str, str], problem: ValueError | RuntimeError | None
+) -> ValueError | RuntimeError | None:
+    """The problem that a rank of ``group`` knows of, or the difference between its ranks."""
+    text = repr(sorted(facts.items())).encode()
+    digest = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
+    # The largest digest is the smallest too if all are the same, so one small all-reduce is all
+    # that ranks without a problem need.
+    largest = torch.tensor([problem is not None, digest, -digest])
+    _all_reduce(largest, group, dist.ReduceOp.MAX)
+    has_problem, highest, negative_of_lowest = largest.tolist()
+    if not has_problem and highest == -negative_of_lowest:
+        return None
+    told: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, (problem, dict(facts)), group=group)
+    for known, _ in told:
+        if isinstance(known, ValueError | RuntimeError):
+            return known
+    ranks = dist.get_process_group_ranks(group)
+    return _difference(dict(zip(ranks, (of_rank for _, of_rank in told), strict=True)))
+
+
+def _difference(facts: Mapping[int, Mapping[str, str]]) -> ValueError:
+    """What to raise if the facts of ranks are not all the same."""
+    first, *others = facts
+    rank = next(other for other in others if facts[other] != facts[first])
+    keys = (*facts[first], *facts[rank])
+    what = next(key for key in keys if facts[first].get(key) != facts[rank].get(key))
+    values = [facts[of].get(what, "absent") for of in (first, rank)]
+    return ValueError(
+        f"Ranks {first} and {rank} do not train alike, so that they would choose different masks: "
+        f"{what} is {values[0]} on rank {first} and {values[1]} on rank {rank}. Give all ranks the "
+        "same model and settings."
+    )
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -526,10 +544,14 @@ class Rows:
 def sum_over_ranks(values: Tensor, ranks: Ranks) -> None:
     """Sum contiguous ``values``, in place, over all processes that hold a shard."""
     for group in ranks:
-        if values.is_cpu and "cpu:" not in dist.get_backend_config(group):
-            # Gradients that are offloaded to the CPU while the group has NCCL alone.
-            on_device = values.to(torch.accelerator.current_accelerator())
-            dist.all_reduce(on_device, group=group)
-            values.copy_(on_device)
-        else:
-            dist.all_reduce(values, group=group)
+        _all_reduce(values, group, dist.ReduceOp.SUM)
+
+
+def _all_reduce(values: Tensor, group: dist.ProcessGroup, operation: Any) -> None:
+    if values.is_cpu and "cpu:" not in dist.get_backend_config(group):
+        # Gradients that are offloaded to the CPU while the group has NCCL alone.
+        on_device = values.to(torch.accelerator.current_accelerator())
+        dist.all_reduce(on_device, operation, group)
+        values.copy_(on_device)
+    else:
+        dist.all_reduce(values, operation, group)

@@ -146,6 +146,9 @@ class ZeroGradients(StepGradients):
         for parameter in self._place:
             yield self._names[parameter], parameter
 
+    def _stepped(self) -> Iterator[Tensor]:
+        yield from self._place
+
     def ranks(self, parameter: Any) -> Ranks:
         """Who holds the shards of ``parameter``'s gradient."""
         if self._stage_3:

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="import-untyped"
 """What the Triton kernels cost a GPU, read from their machine code. No GPU is needed.
 
 Compiles each kernel ahead of time, disassembles it and counts the instructions on the way that most
@@ -13,9 +14,8 @@ import heapq
 import itertools
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ import torch
 from axolotl_gmt import kernels
 from axolotl_gmt.kernels import Kind, Launch
 from axolotl_gmt.passes import Digit
-from benchmarks.measuring import arguments, save, show
+from benchmarks.measuring import arguments, save
 
 # NVIDIA H100 SXM: multiprocessors, warp instructions that each issues a cycle, cycles a second at
 # base of the boost range, and bytes a second.
@@ -87,14 +87,16 @@ class Case(NamedTuple):
         return moves * self.kind.entry.itemsize + weight
 
     @property
-    def core(self) -> str:
-        """How the instructions begin of which the way of most entries has the most."""
-        return {"count upper": "ATOMS", "mask": "STG.E.128"}.get(self.step, "LDG")
+    def cores(self) -> Sequence[str]:
+        """How the instructions begin that the way of most entries has the most of, in order."""
+        return {"count upper": ["LDG.E.128", "ATOMS"], "mask": ["STG.E.128"]}.get(
+            self.step, ["LDG"]
+        )
 
     @property
     def entries_a_thread(self) -> float:
         """Entries that a thread takes on the way of most entries."""
-        return self.launch.constants["block"] / (LANES * self.launch.options["num_warps"])
+        return int(self.launch.constants["block"]) / (LANES * self.launch.options["num_warps"])
 
 
 def cases() -> Iterator[Case]:
@@ -131,7 +133,7 @@ class Budget:
         stack: Bytes a thread.
         spills: Instructions that move a register to the stack, or back.
         shared: Bytes a program.
-        calls: Of subroutines, which is how integers of 64 bits are divided.
+        divisions: Of integers, each of which takes a reciprocal.
         path: The instructions on the way of most entries, without the search for a program's
             tensor.
         ptx: What the machine code was made of.
@@ -141,7 +143,7 @@ class Budget:
     stack: int
     spills: int
     shared: int
-    calls: int
+    divisions: int
     path: list[Instruction]
     ptx: str
 
@@ -200,8 +202,8 @@ def budget(case: Case, architecture: int) -> Budget:
         stack=int(usage[2]),
         spills=families.count("STL") + families.count("LDL"),
         shared=made.metadata.shared,
-        calls=families.count("CALL"),
-        path=main_path(code, case.core),
+        divisions=families.count("MUFU"),
+        path=main_path(code, case.cores),
         ptx=made.asm["ptx"],
     )
 
@@ -262,29 +264,33 @@ def _way(blocks: dict[int, Block], start: int, end: int) -> list[Instruction] | 
     return None
 
 
-def main_path(code: list[Instruction], core: str) -> list[Instruction]:
-    """What runs for most entries: the shortest way through the block that matters most.
+def main_path(code: list[Instruction], cores: Sequence[str]) -> list[Instruction]:
+    """What runs for most entries: the shortest way through the blocks that matter most.
 
-    That is the block with the most instructions that begin with ``core``. The way leads around the
-    loop that the block is in, if it is in one; else from the first instruction to the last.
+    These are, for each of ``cores``, the blocks with the most instructions that begin so. Where the
+    last one is in a loop the way leads around it; else from the first instruction to the last.
     """
     blocks = _blocks(code)
-    of_core = {
-        start: sum(instruction.opcode.startswith(core) for instruction in block.instructions)
-        for start, block in blocks.items()
-    }
-    most = [start for start in blocks if of_core[start] == max(of_core.values())]
-    loops = [way for way in (_way(blocks, start, start) for start in most) if way]
+
+    def with_most(opcode: str) -> list[int]:
+        counts = {
+            start: sum(instruction.opcode.startswith(opcode) for instruction in block.instructions)
+            for start, block in blocks.items()
+        }
+        return [start for start in blocks if counts[start] == max(counts.values()) > 0]
+
+    loops = [way for start in with_most(cores[-1]) if (way := _way(blocks, start, start))]
     if loops:
         return min(loops, key=len)
-    into = _way(blocks, code[0].address, most[0]) or []
+    stops = [code[0].address, *(with_most(core)[0] for core in cores if with_most(core))]
+    ways = [_way(blocks, *stop) for stop in itertools.pairwise(dict.fromkeys(stops))]
     ends = [start for start, block in blocks.items() if not block.following]
     out = [
         way + blocks[end].instructions
         for end in ends
-        if (way := _way(blocks, most[0], end)) is not None
+        if (way := _way(blocks, stops[-1], end)) is not None
     ]
-    return into + min(out, key=len)
+    return [*itertools.chain(*(way or [] for way in ways)), *min(out, key=len)]
 
 
 def _width(opcodes: set[str]) -> int:
@@ -311,12 +317,16 @@ def row(case: Case, found: Budget) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Print the figures for an H100."""
+    """Print the figures for an H100 as a table in Markdown."""
     options = arguments(__doc__)
     rows = [row(case, budget(case, 90)) for case in cases()]
-    show("Kernels on sm_90, read from the machine code, not measured", rows)
+    print("Kernels on sm_90, read from the machine code, not measured:\n")
+    print("|", " | ".join(rows[0]), "|")
+    print("|", " | ".join("---" for _ in rows[0]), "|")
+    for figures in rows:
+        print("|", " | ".join(str(figure) for figure in figures.values()), "|")
     save(options.json, rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

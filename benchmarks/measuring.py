@@ -134,7 +134,7 @@ def save(file: Path | None, rows: Sequence[Row]) -> None:
     """Write rows as JSON with what is needed to judge them."""
     if file is None:
         return
-    command = " ".join(["python", *sys.argv])
+    command = " ".join(["python", *sys.orig_argv[1:]])
     found = {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),

@@ -72,7 +72,7 @@ def _parameters(name: str, content: str, step: int) -> dict[str, nn.Parameter]:
     """Weights with gradients that start at every offset that their dtype has within 16 bytes."""
     generator = torch.Generator().manual_seed(step)
     parameters = {}
-    for index, (size, dtype) in enumerate(zip(SIZES * 2, _dtypes(name), strict=False)):
+    for index, (size, dtype) in enumerate(zip(SIZES, _dtypes(name), strict=False)):
         offset = index % (16 // dtype.itemsize)
         memory = CONTENTS[content](offset + size + 8, dtype, generator)
         weight = nn.Parameter(torch.randn(size, generator=generator).to(dtype))

@@ -7,7 +7,6 @@ Tests run them where Triton interprets its kernels; on a machine with a GPU
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
@@ -62,6 +61,12 @@ def _sparse(size: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor
     """Zeros, and a few entries that a sample is likely to miss, far apart in magnitude."""
     entries = torch.zeros(size, dtype=dtype)
     entries[1::97] = _patterns(len(entries[1::97]), dtype, generator)
+    return entries
+
+
+def _mostly_zeros(size: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    entries = torch.zeros(size, dtype=dtype)
+    entries[1::3] = _normal(len(entries[1::3]), dtype, generator)
     return entries
 
 
@@ -162,10 +167,6 @@ def _score_by_torch(score: Scores) -> Tensor:
             raise TypeError(score)
 
 
-def _with_entries(score: Scores, entries: Tensor) -> Scores:
-    return dataclasses.replace(score, entries=entries)
-
-
 def _scored(
     name: str, entries: Sequence[Tensor], weight: torch.dtype, weights_lie_apart: int
 ) -> list[Scores]:
@@ -258,10 +259,9 @@ def check_boundaries(
     size = kernels._Size(span, span // 2, 4)
     layouts = list(kernels.boundary_layouts(dtype.itemsize, span))
     generator = torch.Generator().manual_seed(span)
+    contents = [_finite_patterns, _ties, _mostly_zeros]
     memory = [
-        (_ties if index % 3 else _finite_patterns)(offset + entries + 32, dtype, generator).to(
-            device
-        )
+        contents[index % 3](offset + entries + 32, dtype, generator).to(device)
         for index, (offset, entries) in enumerate(layouts)
     ]
     before = [tensor.clone() for tensor in memory]
@@ -289,6 +289,42 @@ def check_boundaries(
             assert torch.equal(now[outside].view(bits), then[outside].view(bits))
 
 
+def check_window(device: str, entry: str) -> None:
+    """Entries at both ends of a program's window and just outside are counted where they belong."""
+    from axolotl_gmt import kernels
+
+    dtype = DTYPES[entry]
+    span, window, sample = 1 << 10, 1 << 8, 1 << 4
+    shift = dtype.itemsize * 8 - 16
+    sampled = (1 << 14) + 7
+    digits = torch.randint(1, 1 << 14, (2, span), generator=torch.Generator().manual_seed(0))
+    first = sampled + window // 8 - (window - 2)
+    ends = [
+        first - 1,
+        first,
+        first + 1,
+        *range(sampled + window // 8 - 1, sampled + window // 8 + 4),
+    ]
+    digits[0, 1 : 1 + len(ends)] = torch.tensor(ends)
+    digits[1] = 0
+    digits[1, 1 : 1 + len(ends)] = torch.tensor(ends)
+    digits[:, :: span // sample] = sampled  # what the program samples
+    entries = (digits << shift).to(BITS[dtype.itemsize]).view(dtype).to(device)
+    with mock.patch.multiple(
+        kernels,
+        _BLOCK=dict.fromkeys(DTYPES.values(), span),
+        _WINDOW=dict.fromkeys(DTYPES.values(), window),
+        _SAMPLE=sample,
+        _RARE_BLOCK=span // 4,
+    ):
+        counts = torch.zeros(2, 1 << 15, dtype=torch.int64, device=device)
+        scores = [Magnitudes(row) for row in entries]
+        kernels.count_digits(scores, [0, 1], dtype, Digit(shift, 15), None, counts)
+    for found, row in zip(counts, digits, strict=True):
+        difference = found.cpu() - row.bincount(minlength=1 << 15)
+        assert not difference.any(), (first, difference.nonzero().flatten())
+
+
 def check_made_scores(device: str, score: str, entry: str, weight: str, apart: int) -> None:
     """Scores that kernels make are those of torch, for programs of the usual size too."""
     from axolotl_gmt import kernels
@@ -306,7 +342,20 @@ def check_made_scores(device: str, score: str, entry: str, weight: str, apart: i
             check_scores(kernels, scores, rows, [Digit(0, 16)])
 
 
+def check_all(device: str, name: str) -> None:
+    """Every check of Triton's kernels with entries of that dtype."""
+    for layout in LAYOUTS:
+        check_triton(device, name, layout)
+    check_window(device, name)
+    for score in ("magnitude", "hash"):
+        check_boundaries(device, score, name)
+    check_made_scores(device, "hash", name, name, 0)
+    for weight, apart in itertools.product(DTYPES, (0, 1)):
+        check_boundaries(device, "product", name, weight, apart)
+        check_made_scores(device, "product", name, weight, apart)
+
+
 if __name__ == "__main__":
-    for dtype_name, some_layout in itertools.product(DTYPES, LAYOUTS):
-        check_triton("cuda", dtype_name, some_layout)
-        print(f"{dtype_name}, {some_layout}: counts and masks are those of the torch versions")
+    for dtype_name in DTYPES:
+        check_all("cuda", dtype_name)
+        print(f"{dtype_name}: counts and masks are those of the torch versions")

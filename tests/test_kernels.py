@@ -53,6 +53,13 @@ def test_triton_kernels_take_every_entry_once_wherever_a_tensor_lies_and_ends(
     interpreter.submit(kernel_checks.check_boundaries, "cpu", score, dtype).result()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_triton_kernels_count_what_lies_at_the_ends_of_a_window(
+    interpreter: Executor, dtype: str
+) -> None:
+    interpreter.submit(kernel_checks.check_window, "cpu", dtype).result()
+
+
 @pytest.mark.parametrize("apart", [0, 1])
 @pytest.mark.parametrize(
     ("entry", "weight"), [("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "bf16")]
@@ -112,8 +119,7 @@ def test_triton_kernels_agree_with_torch_without_a_fast_histogram(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_triton_kernels_agree_with_torch_on_a_gpu(dtype: str) -> None:
     with _process() as process:
-        for layout in LAYOUTS:
-            process.submit(kernel_checks.check_triton, "cuda", dtype, layout).result()
+        process.submit(kernel_checks.check_all, "cuda", dtype).result()
 
 
 @pytest.mark.parametrize("content", CONTENTS)
