@@ -106,6 +106,8 @@ class GradientMasker:
     def attach(self, optimizer: object) -> RemovableHandle:
         """Mask gradients before every ``optimizer.step()`` until ``remove()`` of the handle.
 
+        Ranks that share shards compare settings and parameters here, so all of them must call it.
+
         Args:
             optimizer: Any torch optimizer, or Accelerate's or DeepSpeed's around one.
 

@@ -382,7 +382,7 @@ def agree(
         )
     # A mesh of several dimensions has a group for each. Going there and back carries what one
     # rank knows to all of the mesh, also to those that share no group with it.
-    for group in groups if len(groups) == 1 else (*groups, *reversed(groups)):
+    for group in (*groups, *reversed(groups)):
         problem = _problem_in(group, facts, problem)
     if error is not None:
         raise error
@@ -398,7 +398,7 @@ def _problem_in(
     digest = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
     # The largest digest is the smallest too if all are the same, so one small all-reduce is all
     # that ranks without a problem need.
-    largest = torch.tensor([problem is not None, digest, -digest])
+    largest = torch.tensor([problem is not None, digest, -digest], device="cpu")
     _all_reduce(largest, group, dist.ReduceOp.MAX)
     has_problem, highest, negative_of_lowest = largest.tolist()
     if not has_problem and highest == -negative_of_lowest:
@@ -551,7 +551,7 @@ def _all_reduce(values: Tensor, group: dist.ProcessGroup, operation: Any) -> Non
     if values.is_cpu and "cpu:" not in dist.get_backend_config(group):
         # Gradients that are offloaded to the CPU while the group has NCCL alone.
         on_device = values.to(torch.accelerator.current_accelerator())
-        dist.all_reduce(on_device, operation, group)
+        dist.all_reduce(on_device, op=operation, group=group)
         values.copy_(on_device)
     else:
-        dist.all_reduce(values, operation, group)
+        dist.all_reduce(values, op=operation, group=group)

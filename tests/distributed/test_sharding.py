@@ -27,6 +27,7 @@ ON_TWO = [
     "tp",
     "gradients_missing_on_one_rank",
     "random_shardings",
+    "nothing_is_sent_where_nothing_is_sharded",
     "zero_1",
     "zero_1_clipped",
     "zero_2",

@@ -6,6 +6,7 @@ Run by torchrun: ``worker.py CASE [CRITERION...]``. A case says that it is ok, o
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -485,15 +486,18 @@ def a_rank_that_dies_ends_the_others() -> None:
     optimizer.step()
 
 
-def sharded_weights(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
-    """Three weights of 2 rows a rank with gradients, sharded over all ranks by rows."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+def sharded_weights(
+    dtype: torch.dtype = torch.float32, mesh: DeviceMesh | None = None
+) -> dict[str, nn.Parameter]:
+    """Three weights of 2 rows a rank with gradients, sharded over every dimension of a mesh."""
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    places = [Shard(dim) for dim in range(mesh.ndim)]
     weights = {}
     for index in range(3):
         generator = torch.Generator().manual_seed(index)
         whole = torch.randn(2 * dist.get_world_size(), 64, generator=generator).to(dtype)
-        weights[f"layers.{index}.weight"] = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
-        weights[f"layers.{index}.weight"].grad = distribute_tensor(whole, mesh, [Shard(0)])
+        weights[f"layers.{index}.weight"] = nn.Parameter(distribute_tensor(whole, mesh, places))
+        weights[f"layers.{index}.weight"].grad = distribute_tensor(whole, mesh, places)
     return weights
 
 
@@ -559,6 +563,19 @@ def a_gradient_missing_on_one_rank_has_its_parameters_dtype() -> None:
             assert torch.equal(local.to_local(), gradient[start : start + 2]), (granularity, other)
 
 
+def nothing_is_sent_where_nothing_is_sharded() -> None:
+    """GMT on rank 0 alone, as independent trainings may have it: it must wait for nobody."""
+    if dist.get_rank() == 0:
+        model = Toy()
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        masker = GradientMasker(model.named_parameters(), GMTConfig())
+        masker.attach(optimizer)
+        loss_of(model(batch(0, 0))).backward()
+        optimizer.step()
+        assert masker.statistics()
+    dist.barrier()
+
+
 def masker_step(optimizer: torch.optim.Optimizer) -> None:
     """The hooks of a step and nothing else: SGD would refuse a gradient of another dtype."""
     for hook in list(optimizer._optimizer_step_pre_hooks.values()):
@@ -566,10 +583,16 @@ def masker_step(optimizer: torch.optim.Optimizer) -> None:
 
 
 def an_error_on_one_rank_is_raised_on_all() -> None:
-    """A gradient of another dtype on the last rank, in the first step and in the third."""
+    """A gradient of another dtype on the last rank, in the first step and in the third.
+
+    On four ranks also in a mesh of two by two, where the last shares no group with the first.
+    """
     last = dist.get_world_size() - 1
-    for faulty_step in (0, 2):
-        weights = sharded_weights()
+    meshes = [init_device_mesh("cpu", (last + 1,))]
+    if last == 3:
+        meshes.append(init_device_mesh("cpu", (2, 2)))
+    for mesh, faulty_step in itertools.product(meshes, (0, 2)):
+        weights = sharded_weights(mesh=mesh)
         optimizer = torch.optim.SGD(weights.values(), lr=0.0)
         masker = GradientMasker(weights.items(), GMTConfig())
         masker.attach(optimizer)
@@ -705,6 +728,7 @@ CASES = {
         ranks_that_differ_are_refused,
         a_gradient_missing_on_one_rank_has_its_parameters_dtype,
         an_error_on_one_rank_is_raised_on_all,
+        nothing_is_sent_where_nothing_is_sharded,
         a_criterion_that_fails_on_one_rank_ends_the_others,
         experts_of_other_ranks_are_refused,
         random_shardings,
