@@ -15,9 +15,9 @@ from __future__ import annotations
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from threading import Lock
+from threading import Condition, Lock
 from typing import Any, ClassVar, NamedTuple
 
 import numba
@@ -34,7 +34,7 @@ DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 _SIGNED = {2: torch.int16, 4: torch.int32}
 _UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {2: np.uint16, 4: np.uint32}
 _RUN = 64  # entries that are looked at together for a match
-_BLOCK = 1024  # entries that are scored together
+_BLOCK = 256  # entries that a loop takes together; fewer cost more, with more the memory waits
 _SHARES_A_THREAD = 4  # so that a thread which the system holds up does not hold up the others
 _SMALLEST_SHARE = 1 << 16  # entries; a thread for fewer costs more than it saves
 
@@ -356,7 +356,7 @@ def _piece(index: int, scores: Scores, start: int, stop: int) -> _Piece:
         return _Piece(index, patterns, (patterns,))
     dtype = scores.entries.dtype
     unsigned = _UNSIGNED[dtype.itemsize]
-    infinity = torch.tensor(float("inf"), dtype=dtype).view(_SIGNED[dtype.itemsize])
+    infinity = torch.tensor(float("inf"), dtype=dtype, device="cpu").view(_SIGNED[dtype.itemsize])
     weights, weight_shift, key, first = np.empty(0, np.uint16), 0, 0, 0
     if isinstance(scores, Products):
         weights, weight_shift = _patterns(scores.weights)[start:stop], _SHIFT[scores.weights.dtype]
@@ -391,49 +391,97 @@ def _shares(scores: Sequence[Scores]) -> list[list[_Piece]]:
 
 
 @lru_cache(maxsize=1)
-def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads that wait for work; ``process`` is its id, for threads do not survive a fork."""
+def _pool(threads: int, process: int, flushes: bool) -> ThreadPoolExecutor:
+    """Threads that wait for work.
+
+    Args:
+        threads: How many.
+        process: Its id, for threads do not survive a fork.
+        flushes: Whether this thread makes denormal products 0 (``torch.set_flush_denormal``),
+            which a thread takes over from the one that starts it. All must make the same scores.
+    """
+    del flushes
     return ThreadPoolExecutor(threads, thread_name_prefix=f"axolotl_gmt-{process}")
+
+
+def _flushes_denormals() -> bool:
+    return not torch.tensor(2.0**-126, device="cpu").mul_(0.5).item()
+
+
+class _Turns:
+    """Shares of one pass, which threads take in turns.
+
+    Args:
+        work: Called once for each share.
+        shares: How many there are.
+    """
+
+    def __init__(self, work: Callable[[int], None], shares: int) -> None:
+        self._work = work
+        self._waiting = deque(range(shares))
+        self._running: set[int] = set()
+        self._changed = Condition()
+        self.error: BaseException | None = None
+
+    def take(self) -> None:
+        """Work on shares until none waits, or one has failed."""
+        share = -1
+        while True:
+            try:
+                with self._changed:
+                    if not self._waiting:
+                        return
+                    share = self._waiting.popleft()
+                    self._running.add(share)
+                self._work(share)
+            except BaseException as error:
+                self.give_up(error)
+            finally:
+                with self._changed:
+                    self._running.discard(share)
+                    self._changed.notify_all()
+
+    def give_up(self, error: BaseException) -> None:
+        """Leave the shares that wait."""
+        self._waiting.clear()
+        self.error = self.error or error
+
+    def wait(self) -> None:
+        """Return when no thread works on a share any more."""
+        with self._changed:
+            while self._running:
+                self._changed.wait()
 
 
 def _in_threads(work: Callable[[int], None], shares: int) -> None:
     """``work(share)`` for each share; whichever thread is free, this one too, takes the next.
 
-    When this returns or raises, no thread works any more. If some threads cannot be started the
-    others do it all.
+    When this returns or raises, no thread works any more, and none that was slow to start begins.
+    If some threads cannot be started the others do it all.
 
     Raises:
-        BaseException: The first that ``work`` raised; shares not begun by then are left.
+        BaseException: The first that ``work`` raised, or an interrupt; shares not begun by then
+            are left.
     """
-    waiting = deque(range(shares))
-
-    def take_turns() -> None:
-        while waiting:
-            try:
-                share = waiting.popleft()
-            except IndexError:  # Another thread was faster.
-                return
-            try:
-                work(share)
-            except BaseException:
-                waiting.clear()
-                raise
-
+    turns = _Turns(work, shares)
     threads = torch.get_num_threads() - 1
-    running: list[Future[None]] = []
-    try:
-        for _ in range(min(threads, shares - 1)):
-            try:
-                running.append(_pool(threads, os.getpid()).submit(take_turns))
-            except RuntimeError:  # The system gives no more threads.
-                break
-        take_turns()
-    finally:
-        waiting.clear()
-        errors = [thread.exception() for thread in running]
-    for error in errors:
-        if error is not None:
-            raise error
+    is_over = False
+    while not is_over:
+        try:
+            if threads and shares > 1:
+                pool = _pool(threads, os.getpid(), _flushes_denormals())
+                for _ in range(min(threads, shares - 1)):
+                    pool.submit(turns.take)
+            turns.take()
+            turns.wait()
+            is_over = True
+        except RuntimeError:  # The system gives no more threads.
+            threads = 0
+        except BaseException as interrupt:  # While this thread waited: the others still write.
+            threads = 0
+            turns.give_up(interrupt)
+    if turns.error is not None:
+        raise turns.error
 
 
 def _scalars(dtype: torch.dtype, values: Tensor) -> list[np.unsignedinteger[Any]]:

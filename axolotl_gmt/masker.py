@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ class GradientMasker:
         self._scorers: dict[str, Scorer] = {}
         self._bad_scores: dict[torch.device, Tensor] = {}
         self._totals: list[tuple[list[str], Tensor]] = []
-        self._is_first = True
+        self._agreed: WeakSet[StepGradients] = WeakSet()
         self.step = 0
 
     def attach(self, optimizer: object) -> RemovableHandle:
@@ -203,9 +203,7 @@ class GradientMasker:
 
     def _begin_step(self, gradients: StepGradients) -> Callable[[], None]:
         """What masks the gradients of the step that begins, each time that they are made."""
-        step = self.step
-        self.step += 1
-        return partial(self._mask, gradients, step)
+        return partial(self._mask, gradients, self.step)
 
     @torch.no_grad()
     def _mask(self, gradients: StepGradients, step: int) -> None:
@@ -216,14 +214,22 @@ class GradientMasker:
         found: _Found = defaultdict(list)
         self._mask_whole([shard for shard in shards if self._is_whole(shard)], found)
         is_first = not self._bad_scores
-        for dtype, groups in self._groups([s for s in shards if not self._is_whole(s)]):
+        for dtype, are_shared, groups in self._groups(
+            [shard for shard in shards if not self._is_whole(shard)]
+        ):
             batch: list[tuple[list[Shard], list[Scores]]] = []
             for group in groups:
                 batch.append((group, [self._scores(shard, gradients, step) for shard in group]))
-                is_made = any(isinstance(scores, Given) for scores in batch[-1][1])
+                # Made scores take as much memory as fp32 gradients do. Where ranks count together
+                # it must not matter whether those of this one are made.
+                is_made = any(
+                    isinstance(scores, Given)
+                    or (are_shared and self._scorers[shard.name] is not MAGNITUDE)
+                    for shard, scores in zip(*batch[-1], strict=True)
+                )
                 if is_made or len(batch) == _GROUPS_AT_ONCE:
                     self._mask_groups(batch, dtype, found)
-                    batch = []  # Made scores take as much memory as fp32 gradients do.
+                    batch = []
             if batch:
                 self._mask_groups(batch, dtype, found)
         if is_first:  # Later, when something is read from the device anyway.
@@ -235,6 +241,7 @@ class GradientMasker:
                 total = total.sum(0, keepdim=True)
             sum_over_ranks(total, ranks)
             self._totals.append(([name for names, _ in parts for name in names], total))
+        self.step = step + 1  # However often a closure lets the step mask.
 
     def _shards_together(
         self, masked: Sequence[tuple[str, Tensor]], gradients: StepGradients
@@ -243,7 +250,7 @@ class GradientMasker:
 
         On a GPU at the first step only, since the host would have to wait for the device.
         """
-        if not self._is_first and any(not parameter.is_cpu for _, parameter in masked):
+        if gradients in self._agreed and any(not parameter.is_cpu for _, parameter in masked):
             return self._shards(masked, gradients)
         shards, failure = [], None
         try:
@@ -251,7 +258,7 @@ class GradientMasker:
         except Exception as error:  # Whatever it is, the others must not wait for this rank.
             failure = error
         agree(gradients.groups(), {}, failure)
-        self._is_first = False
+        self._agreed.add(gradients)
         return shards
 
     def _shards(
@@ -303,7 +310,7 @@ class GradientMasker:
             first_position=gradients.first_position(shard),
         )
         scores = scorer(entries)
-        if isinstance(scores, Scores):
+        if isinstance(scores, Scores) and scores.entries is shard.entries:
             return scores
         given, bad = checked(scores, entries)
         self._bad_scores[bad.device] = bad | self._bad_scores.get(bad.device, False)
@@ -378,7 +385,8 @@ class GradientMasker:
         for names, part in self._totals:
             for name, total in zip(names, part.cpu(), strict=True):
                 totals[module_name(name)] += total
-        found = {module: _statistics(total) for module, total in totals.items()}
+        in_model = dict.fromkeys(module_name(names[0]) for names in self._names.values())
+        found = {module: _statistics(totals[module]) for module in in_model if module in totals}
         return {module: statistics for module, statistics in found.items() if statistics}
 
     def _check_patterns(self, gradients: StepGradients) -> None:
@@ -392,17 +400,21 @@ class GradientMasker:
                         f"{names[-1]}. Change the pattern or remove it."
                     )
 
-    def _groups(self, shards: list[Shard]) -> Iterator[tuple[torch.dtype, list[list[Shard]]]]:
-        """Groups of shards whose thresholds may be found together, and their common dtype."""
+    def _groups(self, shards: list[Shard]) -> Iterator[tuple[torch.dtype, bool, list[list[Shard]]]]:
+        """Groups of shards whose thresholds may be found together.
+
+        With their common dtype, and whether any of them is spread over ranks.
+        """
         groups: dict[str, list[Shard]] = defaultdict(list)
         for shard in shards:
             groups[group_name(shard.name, self.config.granularity)].append(shard)
-        alike: dict[tuple[torch.dtype, torch.device], list[list[Shard]]] = defaultdict(list)
+        alike: dict[tuple[torch.dtype, bool, torch.device], list[list[Shard]]] = defaultdict(list)
         for group in groups.values():
             dtype = common_dtype([self._score_dtype(shard) for shard in group])
-            alike[dtype, group[0].entries.device].append(group)
-        for (dtype, _), alike_groups in alike.items():
-            yield dtype, alike_groups
+            are_shared = any(shard.ranks for shard in group)
+            alike[dtype, are_shared, group[0].entries.device].append(group)
+        for (dtype, are_shared, _), alike_groups in alike.items():
+            yield dtype, are_shared, alike_groups
 
 
 def _statistics(total: Tensor) -> dict[str, float]:

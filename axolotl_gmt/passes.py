@@ -131,7 +131,7 @@ def no_counts(rows: int, bins: int, dtype: torch.dtype, device: torch.device) ->
     """
     if device.type != "cpu":
         return torch.zeros(rows, bins, dtype=dtype, device=device)
-    counts = torch.empty(rows, bins, dtype=dtype)
+    counts = torch.empty(rows, bins, dtype=dtype, device="cpu")
     counts.numpy().fill(0)
     return counts
 
@@ -385,13 +385,14 @@ class _Part(NamedTuple):
 def _parts(
     scores: Sequence[Scores], rows: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Iterator[_Part]:
-    alike: dict[Kind, list[int]] = defaultdict(list)
+    alike: dict[tuple[Kind, bool], list[int]] = defaultdict(list)
     for index, score in enumerate(scores):
-        alike[score.kind].append(index)
-    for kind, indices in alike.items():
+        alike[score.kind, score.is_aligned].append(index)
+    for (kind, is_aligned), indices in alike.items():
         picked = [scores[index] for index in indices]
         own = picked[0].dtype
         fits = own == dtype or (own, dtype) == (torch.bfloat16, torch.float32)
+        fits = fits and is_aligned  # Nothing was compiled or compared for other memory.
         backend = _backend(device.type, kind) if fits else None
         yield _Part(backend, own, indices, picked, [rows[index] for index in indices])
 
@@ -469,13 +470,13 @@ def _examples(module: Backend, kind: Kind, device: torch.device) -> Iterator[lis
     layouts = [_LAYOUT]
     if hasattr(module, "boundaries"):
         layouts.append(list(module.boundaries(kind.entries.itemsize)))
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for layout in layouts:
         scores = []
         for offset, size in layout:
-            values, weights = torch.randn(2, offset + size, generator=generator)
+            values, weights = torch.randn(2, offset + size, generator=generator, device="cpu")
             values[offset::7] = 0
-            broken = torch.tensor([float("nan"), float("inf"), -float("inf")])
+            broken = torch.tensor([float("nan"), float("inf"), -float("inf")], device="cpu")
             values[offset : offset + 3] = broken[:size]
             entries = values.to(kind.entries).to(device)[offset:]
             if kind.scores is Products:
@@ -539,7 +540,7 @@ def _compare_copies(
             raise RuntimeError(f"its candidates of {what} differ from torch's")
     if not isinstance(scores[0], Hashes):
         return
-    low, high, above = some, some + 20_000, torch.zeros(2, dtype=torch.int64)
+    low, high, above = some, some + 20_000, torch.zeros(2, dtype=torch.int64, device="cpu")
     higher = torch.zeros_like(above)
     between = module.keep_between(scores, rows, low, high, above)
     for score, row, found in zip(scores, rows, between, strict=True):

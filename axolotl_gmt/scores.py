@@ -1,8 +1,8 @@
 """How the entries of one flat tensor score: the four kinds of scores that the passes can read.
 
 A score is made where a pass needs it, from what stands in its fields, and is kept nowhere but in
-:class:`Given`. Scores are never negative and never NaN, and an entry that is NaN or infinite has
-one that is at least infinity's, so that it always survives.
+:class:`Given`. What counts is a score's bit pattern without the sign: an entry that is NaN or
+infinite has one that is at least infinity's, so that it always survives.
 
 Knows flat tensors only.
 """
@@ -39,6 +39,12 @@ class Scores:
     def kind(self) -> Kind:
         """The kind of scores, and the dtypes that they are made of."""
         return Kind(type(self), self.entries.dtype, None)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether every item that scores are made of lies at a multiple of its size."""
+        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in tensors)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Where a gradient lives: the entries of it that are in this process, and who holds the rest.
 
-The only module that knows how training is distributed. It hands out flat views of local entries
-and sums over ranks; it knows nothing of masks, thresholds or trainers.
+This module and :mod:`axolotl_gmt.zero` know how training is distributed. They hand out flat views
+of local entries and sum over ranks; they know nothing of masks, thresholds or trainers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import ReferenceType, ref
 
 import torch
 import torch.distributed as dist
@@ -227,25 +228,28 @@ class StepGradients:
         """Call ``begin_step`` once a step, and what it returns when the gradients are complete.
 
         That is at once, or after each call of a closure, which makes them. A step within a step,
-        as ``super().step()`` is where torch has hooked the parent's class too, begins none.
+        as ``super().step()`` is where torch has hooked the parent's class too, begins none: what
+        has been masked stays as it is, and gradients that are new are masked as part of the step.
         """
+        step = _Step(self._stepped)
 
         def hook(
             optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            if _steps_under_way(optimizer) > 1:
-                return None
-            mask = torch.compiler.disable(begin_step())
+            if _steps_under_way(optimizer) <= 1:
+                step.begin(torch.compiler.disable(begin_step()))
             _, *positional = args
             closure = positional[0] if positional else kwargs.get("closure")
             if closure is None:
-                mask()
+                step.mask_new_gradients()
                 return None
 
             def closure_then_mask() -> Any:  # A closure makes the gradients, so masking follows it.
+                masks = step.masks
                 with torch.enable_grad():
                     loss = closure()
-                mask()
+                if step.masks == masks:  # Else it is one that an outer step has wrapped.
+                    step.mask()
                 return loss
 
             if positional:
@@ -257,6 +261,41 @@ class StepGradients:
             torch.compiler.disable(hook)
         )
         return handle
+
+
+class _Step:
+    """The optimizer step under way, which may hold others.
+
+    Args:
+        parameters: Gives what the optimizer steps.
+    """
+
+    def __init__(self, parameters: Callable[[], Iterator[Tensor]]) -> None:
+        self._parameters = parameters
+        self._mask: Callable[[], None] | None = None
+        self._masked: list[ReferenceType[Tensor]] = []
+        self.masks = 0
+
+    def begin(self, mask: Callable[[], None]) -> None:
+        """Mask by ``mask`` from now on; nothing is masked yet."""
+        self._mask = mask
+        self._masked = []
+
+    def mask(self) -> None:
+        """Mask the gradients as they are."""
+        assert self._mask is not None
+        self._mask()
+        self.masks += 1
+        self._masked = [ref(gradient) for gradient in self._gradients()]
+
+    def mask_new_gradients(self) -> None:
+        """Mask, unless all gradients are those that have been masked."""
+        masked = {id(reference()) for reference in self._masked}
+        if self._mask is not None and any(id(new) not in masked for new in self._gradients()):
+            self.mask()
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._parameters() if p.grad is not None]
 
 
 def _steps_under_way(optimizer: Optimizer) -> int:
@@ -454,11 +493,11 @@ def _indices_here(tensor: Tensor, dim: int) -> Tensor:
 def _local_entries(parameter: Tensor, gradient: Tensor) -> Tensor:
     """Flat view of the local part of ``gradient``, made dense first if its layout is not."""
     local = _local(gradient)
-    entries = _flat_view(local)
+    entries = None if local.is_neg() else _flat_view(local)
     if entries is not None:
         return entries
-    # Expanded or strided gradients cannot be edited entry by entry where they are.
-    local = local.contiguous()
+    # Expanded, strided or lazily negated gradients cannot be edited entry by entry where they are.
+    local = local.contiguous().resolve_neg()
     parameter.grad = (
         DTensor.from_local(
             local,
@@ -530,6 +569,10 @@ class Rows:
         for row, group in enumerate(self._group):
             totals[group] += counts[row]
         return totals
+
+    def are_shared(self) -> bool:
+        """Whether a row is spread over ranks."""
+        return any(self._ranks)
 
     def spread(self, values: Tensor) -> Tensor:
         """Values of groups ``(groups, ...)`` as values of their rows ``(rows, ...)``."""

@@ -5,7 +5,7 @@ patterns and a sum over its bins find the threshold without sorting (Li et al. 2
 types are counted digit by digit, the upper 15 bits first. NaN patterns lie above that of infinity,
 which makes every broken entry win. Nothing here reads a value back from a GPU.
 
-Knows tensors only: no parameters, no trainers, and of ranks only that rows of counts add up.
+Knows no parameters and no trainers, and of ranks only that rows of counts add up.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 def infinity_pattern(dtype: torch.dtype) -> int:
     """The bit pattern of infinity; patterns above it are NaN."""
-    return int(magnitude_patterns(torch.tensor(float("inf"), dtype=dtype), dtype))
+    return int(magnitude_patterns(torch.tensor(float("inf"), dtype=dtype, device="cpu"), dtype))
 
 
 def digits(dtype: torch.dtype, lower_width: int) -> list[Digit]:
@@ -92,7 +92,8 @@ def find_thresholds(
     prefixes: Tensor | None = None
     # Where candidates are copied, those that match the first digit make further passes cheap.
     copies = all(copies_candidates(score.entries.device) for score in scores)
-    if finds_between(scores, dtype):
+    # A rank cannot know whether all others could, so that scores spread over ranks are counted.
+    if not rows.are_shared() and finds_between(scores, dtype):
         scores, k = _near_thresholds(scores, rows, mask_ratio, dtype)
     for digit in digits(dtype, lower_width=8 if copies else 16):
         counts = _count_on_every_device(scores, rows, dtype, digit, prefixes)

@@ -170,7 +170,9 @@ def test_a_step_within_a_step_masks_once(with_closure: bool) -> None:
         scores = random_scores("weight", weight.shape, 4, step)
         (expected,) = masked_by_scores([torch.ones(100_000)], [scores], 0.5)
         assert torch.equal(before - weight.detach(), expected)
-        assert masker.statistics()["kept_fraction"] == float(expected.mean())
+        statistics = masker.statistics()
+        assert statistics["kept_fraction"] == float(expected.mean())
+        assert statistics["grad_norm_kept"] == pytest.approx(float(expected.mean()) ** 0.5)
 
 
 def test_a_step_that_fails_leaves_the_next_one_masked() -> None:
@@ -200,6 +202,82 @@ def test_a_step_that_fails_leaves_the_next_one_masked() -> None:
             kept = int(parameter.grad.count_nonzero())
             assert kept == max(1, parameter.numel() - round(0.8 * parameter.numel()))
     assert len(errors) == 2
+
+
+@pytest.mark.parametrize("how", ["a closure of its own", "two inner steps"])
+def test_gradients_that_a_step_makes_itself_are_masked_as_part_of_it(how: str) -> None:
+    weight = nn.Parameter(torch.zeros(1000))
+
+    def make_gradient() -> Tensor:
+        weight.grad = torch.ones(1000)
+        return torch.tensor(0.0)
+
+    class Makes(torch.optim.SGD):
+        def step(self, closure: Any = None) -> Any:
+            if how == "a closure of its own":
+                return super().step(make_gradient)
+            super().step()
+            make_gradient()
+            return super().step()
+
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])
+    optimizer = Makes([weight], lr=0.0)
+    config = GMTConfig(criterion="random", seed=2)
+    masker = GradientMasker([("weight", weight)], config)
+    masker.attach(optimizer)
+    for step in range(2):
+        make_gradient()
+        optimizer.step()
+        scores = random_scores("weight", weight.shape, 2, step)
+        assert weight.grad is not None
+        assert torch.equal(weight.grad, masked_by_scores([torch.ones(1000)], [scores], 0.5)[0])
+        assert masker.step == step + 1
+
+
+def test_a_closure_that_fails_is_no_step() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    masker = GradientMasker(model.named_parameters(), GMTConfig(criterion="random"))
+    masker.attach(optimizer)
+
+    def fail() -> float:
+        raise RuntimeError("planted")
+
+    with pytest.raises(RuntimeError, match="planted"):
+        optimizer.step(fail)
+    assert masker.step == 0
+
+
+def test_a_lazily_negated_gradient_is_masked() -> None:
+    weight = nn.Parameter(torch.zeros(100))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    GradientMasker([("weight", weight)]).attach(optimizer)
+    weight.grad = torch._neg_view(torch.randn(100))
+    (expected,) = masked([weight.grad.resolve_neg().clone()], 0.5)
+    optimizer.step()
+    assert torch.equal(weight, -expected)
+
+
+def test_masks_on_a_cpu_do_not_depend_on_the_default_device() -> None:
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    GradientMasker(model.named_parameters(), GMTConfig(criterion="random")).attach(optimizer)
+    backward(model)
+    with torch.device("meta"):
+        optimizer.step()
+    for parameter in model.parameters():
+        assert parameter.grad is not None
+        assert int(parameter.grad.count_nonzero()) <= parameter.numel() / 2 + 1
+
+
+def test_module_statistics_come_in_the_order_of_the_model() -> None:
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(12)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    masker = GradientMasker(model.named_parameters(), GMTConfig(log_modules=True))
+    masker.attach(optimizer)
+    model(torch.randn(3, 2)).sum().backward()
+    optimizer.step()
+    assert list(masker.module_statistics()) == [str(index) for index in range(12)]
 
 
 def test_all_masks_of_a_step_with_a_closure_are_drawn_for_that_step() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from axolotl_gmt import GMTConfig, GradientMasker, passes
 from axolotl_gmt.scores import Kind, Magnitudes
-from tests.reference.gmt_reference import masked
+from tests.reference.gmt_reference import masked, masked_by_scores
 
 kernels_cpu = pytest.importorskip("axolotl_gmt.kernels_cpu")
 
@@ -147,6 +148,98 @@ def test_there_is_one_pool_of_threads_whatever_the_sizes_are(
         optimizer_of(normal(size)).step()
     ours = [t for t in threading.enumerate() if t.name.startswith("axolotl_gmt")]
     assert len(ours) <= 3
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_an_interrupt_waits_for_the_threads_that_still_write() -> None:
+    began, running = threading.Event(), 0
+
+    def work(share: int) -> None:
+        nonlocal running
+        if threading.current_thread() is threading.main_thread():
+            began.wait()
+            raise KeyboardInterrupt
+        running += 1
+        began.set()
+        threading.Event().wait(0.3)
+        running -= 1
+
+    with pytest.raises(KeyboardInterrupt):
+        kernels_cpu._in_threads(work, 8)
+    assert running == 0
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_work_that_was_queued_for_a_thread_that_cannot_start_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernels_cpu._pool.cache_clear()
+    pool = kernels_cpu._pool(3, os.getpid(), kernels_cpu._flushes_denormals())
+    begun, release = threading.Event(), threading.Event()
+
+    def keep_busy() -> None:
+        begun.set()
+        release.wait()
+
+    pool.submit(keep_busy)  # Its one thread.
+    begun.wait()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    running: set[int] = set()
+
+    def work(share: int) -> None:
+        running.add(share)
+        release.set()  # Now that thread takes what was queued for the one that did not start.
+        threading.Event().wait(0.1)
+        running.discard(share)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        kernels_cpu._in_threads(work, 6)
+    assert not running
+    kernels_cpu._pool.cache_clear()
+
+
+@pytest.mark.usefixtures("four_threads")
+def test_all_threads_make_denormal_products_as_the_one_that_asks() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = nn.Parameter(torch.randn(600_000, generator=generator) * 1e-20)
+    gradient = torch.randn(600_000, generator=generator) * 1e-19
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    config = GMTConfig(mask_ratio=0.9, criterion="gradient_weight")
+    GradientMasker([("weight", weight)], config).attach(optimizer)
+    kept = {}
+    for flushes in (False, True, False):
+        if not torch.set_flush_denormal(flushes):
+            pytest.skip("this CPU does not flush denormal numbers")
+        try:
+            weight.grad = gradient.clone()
+            # By this thread alone: the flag is not that of torch's other threads.
+            products = gradient.numpy() * weight.detach().numpy()
+            optimizer.step()
+        finally:
+            torch.set_flush_denormal(False)
+        expected = torch.from_numpy(np.abs(products))
+        threshold = expected.sort(descending=True).values[60_000 - 1]
+        assert torch.equal(weight.grad != 0, expected >= threshold)
+        kept[flushes] = int(weight.grad.count_nonzero())
+    assert kept[True] > kept[False]
+
+
+def test_memory_that_is_not_aligned_takes_torchs_passes() -> None:
+    memory = torch.frombuffer(bytearray(400_005), dtype=torch.uint8)
+    weights = torch.frombuffer(memory.numpy(), dtype=torch.float32, offset=1, count=100_000)
+    weights.copy_(normal(100_000)[0])
+    weight = nn.Parameter(weights)
+    (gradient,) = normal(100_000)
+    weight.grad = gradient.clone()
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    GradientMasker([("w", weight)], GMTConfig(criterion="gradient_weight")).attach(optimizer)
+    optimizer.step()
+    (expected,) = masked_by_scores([gradient], [(gradient * weight.detach()).abs()], 0.5)
+    assert torch.equal(weight.grad, expected)
 
 
 # Run in a process of its own, whose Numba keeps its code in a folder of the test.

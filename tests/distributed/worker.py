@@ -563,6 +563,50 @@ def a_gradient_missing_on_one_rank_has_its_parameters_dtype() -> None:
             assert torch.equal(local.to_local(), gradient[start : start + 2]), (granularity, other)
 
 
+def hashes_that_one_rank_cannot_make_change_nothing() -> None:
+    """`random` where ranks differ in what they could do: in layout, gradients, and Numba."""
+    from axolotl_gmt import passes
+
+    global criterion
+    criterion = "random"
+    mesh, rank = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_rank()
+    for case, granularity in itertools.product(("layout", "absent", "no Numba"), GRANULARITIES):
+        weights = sharded_weights()
+        if case == "layout":  # A part of one row is contiguous, one of two by column is not.
+            whole = torch.randn(2 * dist.get_world_size() - 1, 5)
+            dist.broadcast(whole, 0)
+            weights["layers.1.weight"] = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+            gradient = distribute_tensor(whole, mesh, [Shard(0)])
+            local = gradient.to_local().t().contiguous().t()
+            weights["layers.1.weight"].grad = DTensor.from_local(
+                local, mesh, [Shard(0)], shape=whole.shape, stride=whole.stride()
+            )
+        elif case == "absent" and rank == 0:
+            weights["layers.1.weight"].grad = None
+        elif case == "no Numba" and rank == 1:
+            passes.forget_backends()
+            passes._failed.add("cpu")
+        gradients: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            if case != "absent" or name != "layers.1.weight":
+                assert weight.grad is not None
+                gradients[name] = full(weight.grad)
+        optimizer = torch.optim.SGD(weights.values(), lr=0.0)
+        masker = GradientMasker(
+            weights.items(), GMTConfig(criterion="random", seed=0, granularity=granularity)
+        )
+        masker.attach(optimizer)
+        optimizer.step()
+        assert 0.3 < masker.statistics()["kept_fraction"] < 0.7
+        if case != "absent":
+            for name, expected in expected_step(gradients, 0.5, granularity, {}, 0).items():
+                left = weights[name].grad
+                assert left is not None
+                assert torch.equal(full(left), expected), (case, granularity, name)
+        passes.forget_backends()
+    criterion = "gradient"
+
+
 def nothing_is_sent_where_nothing_is_sharded() -> None:
     """GMT on rank 0 alone, as independent trainings may have it: it must wait for nobody."""
     if dist.get_rank() == 0:
@@ -729,6 +773,7 @@ CASES = {
         a_gradient_missing_on_one_rank_has_its_parameters_dtype,
         an_error_on_one_rank_is_raised_on_all,
         nothing_is_sent_where_nothing_is_sharded,
+        hashes_that_one_rank_cannot_make_change_nothing,
         a_criterion_that_fails_on_one_rank_ends_the_others,
         experts_of_other_ranks_are_refused,
         random_shardings,
