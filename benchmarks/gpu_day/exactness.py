@@ -88,17 +88,17 @@ def checks(device: str) -> list[Check]:
     from tests import kernel_checks
 
     dtypes: list[str] = list(kernel_checks.DTYPES)
-    layouts: list[str] = list(kernel_checks.LAYOUTS)
+    found: list[Check]
     if device == "cpu":  # Interpreted, which is slow.
-        dtypes, layouts = ["bf16", "fp32"], ["ragged"]
-    found: list[Check] = [
-        (
-            "kernels",
-            f"{dtype}, {layout}",
-            partial(kernel_checks.check_triton, device, dtype, layout),
-        )
-        for dtype, layout in itertools.product(dtypes, layouts)
-    ]
+        dtypes = ["bf16", "fp32"]
+        found = [
+            ("kernels", dtype, partial(kernel_checks.check_triton, device, dtype, "ragged"))
+            for dtype in dtypes
+        ]
+    else:
+        found = [
+            ("kernels", dtype, partial(kernel_checks.check_all, device, dtype)) for dtype in dtypes
+        ]
     found += [
         ("mask step", f"{dtype}, {granularity}", partial(check_step, device, dtype, granularity))
         for dtype, granularity in itertools.product(dtypes, ("tensor", "layer", "global"))
