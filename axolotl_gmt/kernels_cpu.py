@@ -33,7 +33,7 @@ DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
 
 _SIGNED = {2: torch.int16, 4: torch.int32}
 _UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {2: np.uint16, 4: np.uint32}
-_RUN = 64  # entries that are looked at together for a match
+_RUN = 32  # entries that are looked at together for a match
 _BLOCK = 256  # entries that a loop takes together; fewer cost more, with more the memory waits
 _SHARES_A_THREAD = 4  # so that a thread which the system holds up does not hold up the others
 _SMALLEST_SHARE = 1 << 16  # entries; a thread for fewer costs more than it saves
@@ -567,7 +567,7 @@ def keep_between(
 
 
 def _most_between(entries: int) -> int:
-    return max(64, entries >> 4)
+    return max(4096, entries >> 4)  # All of a small tensor, where there is little to save.
 
 
 def _copies(

@@ -94,7 +94,9 @@ def find_thresholds(
     copies = all(copies_candidates(score.entries.device) for score in scores)
     # A rank cannot know whether all others could, so that scores spread over ranks are counted.
     if not rows.are_shared() and finds_between(scores, dtype):
-        scores, k = _near_thresholds(scores, rows, mask_ratio, dtype)
+        found = _uniform_thresholds(scores, rows, mask_ratio, dtype)
+        if found is not None:
+            return found
     for digit in digits(dtype, lower_width=8 if copies else 16):
         counts = _count_on_every_device(scores, rows, dtype, digit, prefixes)
         # Ranks exchange sums over 2^8 neighbouring bins, then the bins of the winning sum only.
@@ -113,42 +115,39 @@ def find_thresholds(
     return prefixes.clamp(max=infinity_pattern(dtype))
 
 
-def _near_thresholds(
+def _uniform_thresholds(
     scores: Sequence[Scores], rows: Rows, mask_ratio: float, dtype: torch.dtype
-) -> tuple[Sequence[Scores], Tensor]:
-    """The uniform scores that lie where the threshold must be, and its rank k among these.
+) -> Tensor | None:
+    """:func:`find_thresholds` of uniform scores on one rank; None if one is not where it must be.
 
-    Of n uniform scores the k-th largest lies within six standard deviations of 1 - k/n, but for
-    two groups in 10^9. One pass copies the scores there and counts those above, so that no pass
-    has to make all scores again. All scores of a group that is an exception stay.
+    Of n uniform scores the k-th largest lies within five standard deviations of 1 - k/n, but for
+    six groups in 10^7. One pass copies the scores there and counts those above; the k-th largest
+    is among the copies, and no pass has to make all scores again.
     """
-    sizes = no_counts(len(rows), 1, torch.int64, scores[0].entries.device)
+    n = torch.zeros(len(rows), dtype=torch.int64, device="cpu")
     for score, row in zip(scores, rows.of_shard, strict=True):
-        sizes[row] += score.entries.numel()
-    n = rows.sum(sizes)[:, 0]
+        n[row] += score.entries.numel()
     k = entries_to_keep(n, mask_ratio)
     share = k.double() / n.clamp(min=1)
     deviation = (share * (1 - share) / n.clamp(min=1)).sqrt() + 1.0 / n.clamp(min=1)
     low, high = (
-        rows.spread(magnitude_patterns((1 - share + side * deviation).clamp(0, 1), dtype).long())
-        for side in (-6, 6)
+        magnitude_patterns((1 - share + side * deviation).clamp(0, 1), dtype).long()
+        for side in (-5, 5)
     )
-    # What each row finds: scores above, scores between, and tensors with too many between.
-    found = no_counts(len(rows), 3, torch.int64, scores[0].entries.device)
-    above = no_counts(len(rows), 1, torch.int64, scores[0].entries.device)[:, 0]
+    above = torch.zeros_like(n)
     copies = keep_between(scores, rows.of_shard, dtype, low, high, above)
-    found[:, 0] = above
+    between: list[list[Tensor]] = [[] for _ in range(len(rows))]
     for copy, row in zip(copies, rows.of_shard, strict=True):
-        found[row, 1] += 0 if copy is None else copy.entries.numel()
-        found[row, 2] += copy is None
-    higher, between, missing = rows.sum(found).unbind(-1)
-    is_near = (missing == 0) & (higher < k) & (k <= higher + between)
-    of_rows = rows.spread(is_near).tolist()
-    near = [
-        copy if of_rows[row] and copy is not None else score
-        for score, copy, row in zip(scores, copies, rows.of_shard, strict=True)
-    ]
-    return near, torch.where(is_near, k - higher, k)
+        if copy is None:
+            return None
+        between[row].append(copy.entries)
+    thresholds = []
+    for parts, rank in zip(between, (k - above).tolist(), strict=True):
+        patterns = magnitude_patterns(torch.cat(parts), dtype)
+        if not 1 <= rank <= len(patterns):
+            return None
+        thresholds.append(patterns.kthvalue(len(patterns) - rank + 1).values)
+    return torch.stack(thresholds).long()
 
 
 def _counts_dtype(scores: Sequence[Scores], rows: Rows) -> torch.dtype:
