@@ -83,16 +83,15 @@ def supports(kind: Kind) -> bool:
 
 
 @_inner
-def _count(patterns: Patterns, shift: Any, last: Any, counts: Counts) -> None:
+def _count(patterns: Patterns, shift: Any, last: Any, counts: Counts, digits: Patterns) -> None:
     # Digits first, a block at a time: that loop is vectorised, and brings in what comes next from
     # memory faster than the other, whose every turn waits for a bin.
-    block = np.empty(_BLOCK, np.uint16)
-    for start in range(0, patterns.size, _BLOCK):
-        run = patterns[start : start + _BLOCK]
+    for start in range(0, patterns.size, digits.size):
+        run = patterns[start : start + digits.size]
         for index in range(run.size):
-            block[index] = (run[index] >> shift) & last
+            digits[index] = (run[index] >> shift) & last
         for index in range(run.size):
-            counts[block[index]] += 1
+            counts[digits[index]] += 1
 
 
 @_inner
@@ -213,7 +212,7 @@ def _count_non_zero(patterns: Patterns, last: Any) -> Any:
 @_Pass
 def _count_magnitudes(patterns: Patterns, shift: Any, last: Any, counts: Counts) -> None:
     """Add to ``counts`` how often each value of the digit ``(pattern >> shift) & last`` occurs."""
-    _count(patterns, shift, last, counts)
+    _count(patterns, shift, last, counts, np.empty(_BLOCK, np.uint16))
 
 
 @_Pass
@@ -239,11 +238,11 @@ def _count_scores(
     entries: Patterns, weights: Patterns, source: _Source, shift: Any, last: Any, counts: Counts
 ) -> None:
     """:func:`_count_magnitudes` of scores."""
-    block = np.empty(_BLOCK, np.uint32)
+    block, digits = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint16)
     for start in range(0, entries.size, _BLOCK):
         scores = block[: min(_BLOCK, entries.size - start)]
         _score(entries, weights, source, start, scores)
-        _count(scores, shift, last, counts)
+        _count(scores, shift, last, counts, digits)
 
 
 @_Pass
