@@ -96,10 +96,7 @@ def facts(log: TrainingLog) -> list[tuple[str, str]]:
     """What the run was and what came out, as labels and values to print."""
     ratio = log.mask_ratio
     finals = {"Final loss": "loss", "Final evaluation loss": "eval_loss"}
-    numbers = {
-        "Kept fraction, mean": (log.mean(KEPT_FRACTION), ".2%"),
-        "Gradient norm kept, mean": (log.mean(GRAD_NORM_KEPT), ".2%"),
-    }
+    means = {"Kept fraction, mean": KEPT_FRACTION, "Gradient norm kept, mean": GRAD_NORM_KEPT}
     step = f"{log.step:,}" if log.step is not None else None
     if step is not None and log.max_steps:
         step += f" of {log.max_steps:,}"
@@ -120,9 +117,9 @@ def facts(log: TrainingLog) -> list[tuple[str, str]]:
             if key in log.curves
         },
         **{
-            label: format(value, spec)
-            for label, (value, spec) in numbers.items()
-            if value is not None
+            label: "NaN or infinite" if (value := log.mean(key)) is None else f"{value:.2%}"
+            for label, key in means.items()
+            if key in log.curves
         },
     }
     return [(label, str(text)) for label, text in texts.items() if text is not None]

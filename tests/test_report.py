@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
@@ -526,6 +526,7 @@ states = st.fixed_dictionaries(
 
 @settings(max_examples=300, deadline=None)
 @given(states | json_values)
+@example({"log_history": [{"step": 0, "learning_rate": 0.0, "gmt/kept_fraction": 1e30}]})
 def test_any_json_gives_a_log_or_an_error(state: object) -> None:
     try:
         log = parse_state(json.loads(json.dumps(state)), "run")
