@@ -236,12 +236,16 @@ class StepGradients:
         def hook(
             optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            if _steps_under_way(optimizer) <= 1:
+            is_outermost = _steps_under_way(optimizer) <= 1
+            if is_outermost:
                 step.begin(torch.compiler.disable(begin_step()))
             _, *positional = args
             closure = positional[0] if positional else kwargs.get("closure")
             if closure is None:
-                step.mask_new_gradients()
+                if is_outermost:  # Also without a gradient here: other ranks may have some.
+                    step.mask()
+                else:
+                    step.mask_new_gradients()
                 return None
 
             def closure_then_mask() -> Any:  # A closure makes the gradients, so masking follows it.

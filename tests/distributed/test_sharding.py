@@ -27,6 +27,7 @@ ON_TWO = [
     "tp",
     "gradients_missing_on_one_rank",
     "random_shardings",
+    "no_gradient_at_all_on_one_rank",
     "nothing_is_sent_where_nothing_is_sharded",
     "hashes_that_one_rank_cannot_make_change_nothing",
     "zero_1",

@@ -607,6 +607,23 @@ def hashes_that_one_rank_cannot_make_change_nothing() -> None:
     criterion = "gradient"
 
 
+def no_gradient_at_all_on_one_rank() -> None:
+    """It has nothing to mask, but others wait for its counts."""
+    for granularity in GRANULARITIES:
+        weights = sharded_weights()
+        before = {name: full(weight.detach()) for name, weight in weights.items()}
+        if dist.get_rank() == 0:
+            for weight in weights.values():
+                weight.grad = None
+        optimizer = torch.optim.SGD(weights.values(), lr=1.0)
+        GradientMasker(weights.items(), config_of(0.7, granularity)).attach(optimizer)
+        optimizer.step()
+        there = {name: whole[2:] for name, whole in before.items()}
+        for name, gradient in expected_step(there, 0.7, granularity, {}, 0).items():
+            moved = before[name] - full(weights[name].detach())
+            assert torch.equal(moved != 0, torch.cat([torch.zeros(2, 64), gradient]) != 0)
+
+
 def nothing_is_sent_where_nothing_is_sharded() -> None:
     """GMT on rank 0 alone, as independent trainings may have it: it must wait for nobody."""
     if dist.get_rank() == 0:
@@ -772,6 +789,7 @@ CASES = {
         ranks_that_differ_are_refused,
         a_gradient_missing_on_one_rank_has_its_parameters_dtype,
         an_error_on_one_rank_is_raised_on_all,
+        no_gradient_at_all_on_one_rank,
         nothing_is_sent_where_nothing_is_sharded,
         hashes_that_one_rank_cannot_make_change_nothing,
         a_criterion_that_fails_on_one_rank_ends_the_others,
