@@ -6,19 +6,19 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from axolotl_gmt.callback import GMTCallback as GMTCallback
     from axolotl_gmt.config import GMTConfig as GMTConfig
-    from axolotl_gmt.masker import GradientMasker as GradientMasker
-    from axolotl_gmt.plugin import GMTPlugin as GMTPlugin
+    from axolotl_gmt.integrations.axolotl.plugin import GMTPlugin as GMTPlugin
+    from axolotl_gmt.integrations.callback import GMTCallback as GMTCallback
+    from axolotl_gmt.masking.masker import GradientMasker as GradientMasker
 
 __version__ = "0.1.0"
 
 # Imported on first use, so that importing the package imports neither axolotl nor torch.
 _HOME = {
-    "GMTCallback": "callback",
+    "GMTCallback": "integrations.callback",
     "GMTConfig": "config",
-    "GMTPlugin": "plugin",
-    "GradientMasker": "masker",
+    "GMTPlugin": "integrations.axolotl.plugin",
+    "GradientMasker": "masking.masker",
 }
 
 __all__ = ["GMTCallback", "GMTConfig", "GMTPlugin", "GradientMasker"]

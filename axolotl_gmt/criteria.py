@@ -20,7 +20,8 @@ k = max(1, n - round(mask_ratio * n)) with the largest scores survive, and those
 k-th. Scores are a flat float32 tensor, one for each local entry in the order of
 ``entries.gradient``, on its device, non-negative and not NaN. An entry whose gradient is NaN or
 infinite survives whatever its score is. (The built-in functions return one of
-:mod:`axolotl_gmt.scores` instead, which tells the passes how to make a score where they need it.)
+:mod:`axolotl_gmt.kernels.scores` instead, which tells the passes how to make a score where they
+need it.)
 
 What is promised about sharding: under FSDP2, tensor parallel and ZeRO a function sees the entries
 that live in its process, and ``gradient``, ``weight`` and ``positions`` line up. Thresholds are
@@ -74,9 +75,9 @@ import pluggy
 import torch
 from torch import Tensor
 
+from axolotl_gmt.kernels.dispatch import chunk_size
+from axolotl_gmt.kernels.scores import Given, Hashes, Products, Scores, uniform
 from axolotl_gmt.names import layer_name, place
-from axolotl_gmt.passes import chunk_size
-from axolotl_gmt.scores import Given, Hashes, Products, Scores, uniform
 
 ENTRY_POINT_GROUP = "axolotl_gmt"
 

@@ -9,11 +9,11 @@ import torch
 from measuring import Row, arguments, in_turns, median_ms, save, show
 from torch import Tensor
 
-from axolotl_gmt import kernels_cpu, passes
-from axolotl_gmt.scores import Magnitudes
+from axolotl_gmt.kernels import dispatch, numba_cpu
+from axolotl_gmt.kernels.scores import Magnitudes
 
 ENTRIES = 28_000_000
-DIGIT = passes.Digit(0, 15)
+DIGIT = dispatch.Digit(0, 15)
 THRESHOLD = 0x3A00
 
 
@@ -46,16 +46,16 @@ def measure(runs: int) -> list[Row]:
     scores = Magnitudes(entries)
     one = [scores], [0], torch.bfloat16
     ways = {
-        ("count", "torch operations"): lambda: passes._count_by_torch(
+        ("count", "torch operations"): lambda: dispatch._count_by_torch(
             scores, 0, torch.bfloat16, DIGIT, None, counts
         ),
         ("count", "torch.compile"): lambda: compiled_count(entries, counts[0]),
-        ("count", "Numba"): lambda: kernels_cpu.count_digits(*one, DIGIT, None, counts),
-        ("mask", "torch operations"): lambda: passes._mask_by_torch_(
+        ("count", "Numba"): lambda: numba_cpu.count_digits(*one, DIGIT, None, counts),
+        ("mask", "torch operations"): lambda: dispatch._mask_by_torch_(
             scores, torch.bfloat16, threshold[0], totals[0]
         ),
         ("mask", "torch.compile"): lambda: compiled_mask(entries, THRESHOLD),
-        ("mask", "Numba"): lambda: kernels_cpu.mask_below_(*one, threshold, totals),
+        ("mask", "Numba"): lambda: numba_cpu.mask_below_(*one, threshold, totals),
     }
     seconds = in_turns(
         {" ".join(way): run for way, run in ways.items()},

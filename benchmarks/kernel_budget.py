@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from axolotl_gmt import kernels
-from axolotl_gmt.kernels import Kind, Launch
-from axolotl_gmt.passes import Digit
+from axolotl_gmt.kernels import triton_gpu
+from axolotl_gmt.kernels.dispatch import Digit
+from axolotl_gmt.kernels.triton_gpu import Kind, Launch
 from benchmarks.measuring import arguments, save
 
 # NVIDIA H100 SXM: multiprocessors, warp instructions that each issues a cycle, cycles a second at
@@ -106,12 +106,12 @@ def cases() -> Iterator[Case]:
     kinds += [Kind("hash", dtype, dtype, True) for dtype in DTYPES.values()]
     for kind in kinds:
         upper = Digit(kind.dtype().itemsize * 8 - 16, 15)
-        yield Case("count upper", kind, kernels.count_launch(kind, upper, False))
+        yield Case("count upper", kind, triton_gpu.count_launch(kind, upper, False))
         if upper.shift:
-            yield Case("count lower", kind, kernels.count_launch(kind, Digit(0, 16), True))
+            yield Case("count lower", kind, triton_gpu.count_launch(kind, Digit(0, 16), True))
         else:
-            yield Case("count matches", kind, kernels.count_launch(kind, Digit(0, 0), True))
-        yield Case("mask", kind, kernels.mask_launch(kind))
+            yield Case("count matches", kind, triton_gpu.count_launch(kind, Digit(0, 0), True))
+        yield Case("mask", kind, triton_gpu.mask_launch(kind))
 
 
 @dataclass(frozen=True)

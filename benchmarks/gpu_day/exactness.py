@@ -41,8 +41,8 @@ def check_step(device: str, dtype_name: str, granularity: str) -> None:
     import torch
 
     from axolotl_gmt import GMTConfig, GradientMasker
-    from axolotl_gmt.masker import group_name
-    from tests.kernel_checks import BITS, DTYPES
+    from axolotl_gmt.masking.masker import group_name
+    from tests.kernels.kernel_checks import BITS, DTYPES
     from tests.reference.gmt_reference import masked
 
     dtype = DTYPES[dtype_name]
@@ -85,7 +85,7 @@ def check_step(device: str, dtype_name: str, granularity: str) -> None:
 
 def checks(device: str) -> list[Check]:
     """The checks of a device."""
-    from tests import kernel_checks
+    from tests.kernels import kernel_checks
 
     dtypes: list[str] = list(kernel_checks.DTYPES)
     found: list[Check]

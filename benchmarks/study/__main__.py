@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from axolotl_gmt.quickstart import QuickstartError
+from axolotl_gmt.tools.quickstart import QuickstartError
 from benchmarks.study.cell import PRELOAD
 from benchmarks.study.data import DataError, write_text
 from benchmarks.study.grid import SIZES

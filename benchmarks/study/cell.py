@@ -35,7 +35,7 @@ PRELOAD = [
     "axolotl.common.datasets",
     "axolotl.core.builders",
     "transformers.models.llama.modeling_llama",
-    "axolotl_gmt.plugin",
+    "axolotl_gmt.integrations.axolotl.plugin",
 ]
 """What every cell imports for some twenty seconds, if its process does not inherit it."""
 
@@ -181,7 +181,7 @@ def run_cell(
 
 def test_sft(model: Path, data: DataFiles, scoring: Scoring, file: Path) -> None:
     """Write a model's scores on the test problems and on prose."""
-    from axolotl_gmt.scoring import read_problems, score_model
+    from axolotl_gmt.tools.scoring import read_problems, score_model
 
     scorer = _scorer(model)
     paragraphs = json.loads(data.prose.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """How good a saved model is: loss on answers and on prose, and which of two replies it prefers.
 
 Knows model folders and chats, nothing of the grid or of how a model was trained. Replies are asked
-for and judged by :mod:`axolotl_gmt.scoring`.
+for and judged by :mod:`axolotl_gmt.tools.scoring`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import yaml
 
-from axolotl_gmt import quickstart
+from axolotl_gmt.tools import quickstart
 from benchmarks.study import data as sources
 from benchmarks.study import grid
 from benchmarks.study.cell import (

@@ -24,8 +24,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from axolotl_gmt import GMTConfig, GradientMasker, criteria
 from axolotl_gmt.criteria import DROP, KEEP
-from axolotl_gmt.masker import group_name
-from axolotl_gmt.shards import plain_name
+from axolotl_gmt.gradients.plain import plain_name
+from axolotl_gmt.masking.masker import group_name
 from tests.reference.gmt_reference import masked, masked_by_scores, random_scores
 
 GRANULARITIES: tuple[Any, ...] = ("tensor", "layer", "global")
@@ -565,7 +565,7 @@ def a_gradient_missing_on_one_rank_has_its_parameters_dtype() -> None:
 
 def hashes_that_one_rank_cannot_make_change_nothing() -> None:
     """`random` where ranks differ in what they could do: in layout, gradients, and Numba."""
-    from axolotl_gmt import passes
+    from axolotl_gmt.kernels import dispatch
 
     global criterion
     criterion = "random"
@@ -584,8 +584,8 @@ def hashes_that_one_rank_cannot_make_change_nothing() -> None:
         elif case == "absent" and rank == 0:
             weights["layers.1.weight"].grad = None
         elif case == "no Numba" and rank == 1:
-            passes.forget_backends()
-            passes._failed.add("cpu")
+            dispatch.forget_backends()
+            dispatch._failed.add("cpu")
         gradients: dict[str, Tensor] = {}
         for name, weight in weights.items():
             if case != "absent" or name != "layers.1.weight":
@@ -603,7 +603,7 @@ def hashes_that_one_rank_cannot_make_change_nothing() -> None:
                 left = weights[name].grad
                 assert left is not None
                 assert torch.equal(full(left), expected), (case, granularity, name)
-        passes.forget_backends()
+        dispatch.forget_backends()
     criterion = "gradient"
 
 

