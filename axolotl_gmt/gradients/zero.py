@@ -1,6 +1,4 @@
-"""Where a gradient lives under DeepSpeed ZeRO: in a slice of a flat partition.
-
-Apart from :mod:`axolotl_gmt.gradients.plain`, since only a run with DeepSpeed needs it.
+"""The gradients of DeepSpeed ZeRO: each in a slice of a flat partition.
 
 ZeRO steps its inner optimizer once for each parameter group (stages 1 and 2) or sub-group (stage
 3), and makes each group's fp32 gradient only just before, so no hook on the inner optimizer sees
@@ -21,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from axolotl_gmt.gradients.plain import Ranks, Shard, StepGradients
+from axolotl_gmt.gradients.shard import Ranks, Shard, process_groups
 
 # What is read of DeepSpeed's optimizers, none of it public.
 _READ = {
@@ -84,7 +82,7 @@ def check_deepspeed_config(config: Mapping[str, Any]) -> None:
     )
 
 
-class ZeroGradients(StepGradients):
+class ZeroGradients:
     """The gradients that a ZeRO optimizer (stage 1, 2 or 3) steps with.
 
     Args:
@@ -97,7 +95,8 @@ class ZeroGradients(StepGradients):
     """
 
     def __init__(self, optimizer: Any, names: Mapping[Tensor, Sequence[str]]) -> None:
-        super().__init__(optimizer, names)
+        self.optimizer = optimizer
+        self._names = names
         # Not isinstance: what derives from these (ZenFlow, SuperOffload) steps elsewhere.
         kind = type(optimizer).__name__
         read = ("unscale_and_clip_grads", *_READ.get(kind, ("no known kind",)))
@@ -146,10 +145,11 @@ class ZeroGradients(StepGradients):
         for parameter in self._place:
             yield self._names[parameter], parameter
 
-    def _stepped(self) -> Iterator[Tensor]:
-        yield from self._place
+    def groups(self) -> list[dist.ProcessGroup]:
+        """See :meth:`~axolotl_gmt.gradients.shard.StepGradients.groups`."""
+        return process_groups(map(self._ranks, self._place))
 
-    def ranks(self, parameter: Any) -> Ranks:
+    def _ranks(self, parameter: Any) -> Ranks:
         """Who holds the shards of ``parameter``'s gradient."""
         if self._stage_3:
             return _more_than_one(parameter.ds_process_group)
@@ -169,7 +169,7 @@ class ZeroGradients(StepGradients):
         entries = (self._stage_3_entries if self._stage_3 else self._stage_1_and_2_entries)(
             parameter
         )
-        return Shard(name, parameter, entries, self.ranks(parameter))
+        return Shard(name, parameter, entries, self._ranks(parameter))
 
     def weight(self, shard: Shard) -> Tensor:
         """The fp32 weights, which ZeRO steps, whose gradients are ``shard.entries``."""

@@ -20,7 +20,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from axolotl_gmt.config import GMTConfig
 from axolotl_gmt.files import whole
-from axolotl_gmt.gradients.plain import shape
+from axolotl_gmt.gradients.shard import shape
 from axolotl_gmt.gradients.zero import check_deepspeed_config
 from axolotl_gmt.masking.masker import GradientMasker
 from axolotl_gmt.report.log import RECORD, STATE_FILE, NothingLoggedError, parse_state

@@ -1,4 +1,4 @@
-"""One optimizer step of Gradient-Mask Tuning, start to end, and its statistics.
+"""One optimizer step of Gradient-Mask Tuning, start to end.
 
 Source: Li et al., "Enhancing Large Language Model Performance with Gradient-Based Parameter
 Selection", AAAI 2025 (arXiv 2406.15330). The optimizer stays the user's own: a hook masks the
@@ -7,50 +7,29 @@ gradients in place just before each of its steps.
 
 from __future__ import annotations
 
-import math
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from operator import itemgetter
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from axolotl_gmt import criteria
 from axolotl_gmt.config import GMTConfig, Granularity
-from axolotl_gmt.criteria import (
-    DROP,
-    KEEP,
-    MAGNITUDE,
-    Entries,
-    Scorer,
-    Verdict,
-    checked,
-)
-from axolotl_gmt.gradients.plain import (
-    Ranks,
-    Rows,
-    Shard,
-    StepGradients,
-    agree,
-    plain_name,
-    shape,
-    step_gradients,
-    sum_over_ranks,
-)
+from axolotl_gmt.gradients.agreement import agree
+from axolotl_gmt.gradients.of_optimizer import step_gradients
+from axolotl_gmt.gradients.shard import Shard, StepGradients, plain_name, shape
 from axolotl_gmt.kernels.dispatch import mask_below_
 from axolotl_gmt.kernels.scores import Given, Magnitudes, Scores
-from axolotl_gmt.masking.threshold import common_dtype, find_thresholds, infinity_pattern
-from axolotl_gmt.names import layer_name, module_name
+from axolotl_gmt.masking.scorers import Scorers
+from axolotl_gmt.masking.selection import Selection
+from axolotl_gmt.masking.statistics import Statistics
+from axolotl_gmt.masking.threshold import Rows, common_dtype, find_thresholds, infinity_pattern
+from axolotl_gmt.names import layer_name
 
 # Groups whose thresholds are found together; bounds the memory of their histograms (16 MiB).
 _GROUPS_AT_ONCE = 64
-
-# By where shards lie: names, and totals of these or of all together (see mask_below_).
-_Found = dict[tuple[torch.device, Ranks], list[tuple[list[str], Tensor]]]
 
 
 def group_name(parameter_name: str, granularity: Granularity) -> str:
@@ -95,11 +74,10 @@ class GradientMasker:
         self._names: dict[Tensor, list[str]] = defaultdict(list)
         for name, parameter in named_parameters:
             self._names[parameter].append(plain_name(name))
+        self._selection = Selection(self.config)
+        self._scorers = Scorers(self.config)
+        self._statistics: Statistics | None = None
         self._handles: WeakKeyDictionary[object, RemovableHandle] = WeakKeyDictionary()
-        self._selected: dict[Tensor, bool] = {}
-        self._scorers: dict[str, Scorer] = {}
-        self._bad_scores: dict[torch.device, Tensor] = {}
-        self._totals: list[tuple[list[str], Tensor]] = []
         self._agreed: WeakSet[StepGradients] = WeakSet()
         self.step = 0
 
@@ -143,20 +121,29 @@ class GradientMasker:
         Raises:
             ValueError: If the optimizer steps a tensor that is not among the named parameters.
         """
-        return self._masked(step_gradients(optimizer, self._names))
+        return self._selection.masked(step_gradients(optimizer, self._names))
 
-    def _masked(self, gradients: StepGradients) -> list[tuple[str, Tensor]]:
-        include, exclude = self.config.include, self.config.exclude
-        masked = []
-        for names, parameter in gradients.parameters():
-            if parameter not in self._selected:
-                self._selected[parameter] = (include is None or _matches_any(include, names)) and (
-                    exclude is None or not _matches_any(exclude, names)
-                )
-            if self._selected[parameter]:
-                masked.append((names[0], parameter))
-        # The same order on every rank, also where an optimizer was made of a set.
-        return sorted(masked, key=itemgetter(0))
+    def statistics(self) -> dict[str, float]:
+        """What the last step kept, on all ranks; empty if there was none yet. Reads the device.
+
+        Returns:
+            ``kept_fraction``: non-zero entries that survived over all entries subject to masking.
+            ``grad_norm_kept``: norm of the masked gradient over norm of the gradient, 1 if both
+            are 0.
+        """
+        self._scorers.check()
+        return self._statistics.overall() if self._statistics else {}
+
+    def module_statistics(self) -> dict[str, dict[str, float]]:
+        """What :meth:`statistics` says, for each module, with ``log_modules``; else empty.
+
+        Returns:
+            For each module that owns masked parameters, such as ``model.layers.3.mlp.down_proj``,
+            its statistics; a module whose gradients were all absent is left out.
+        """
+        if not (self.config.log_modules and self._statistics):
+            return {}
+        return self._statistics.of_modules(names[0] for names in self._names.values())
 
     def _prepare(self, gradients: StepGradients) -> dict[str, str]:
         """Check that there is something to mask, and ask the criterion how.
@@ -164,13 +151,9 @@ class GradientMasker:
         Returns:
             What ranks that share a gradient must have in common to choose one mask.
         """
-        self._check_patterns(gradients)
-        masked = self._masked(gradients)
-        if not masked:
-            raise ValueError(
-                "include and exclude together leave no parameter to mask. Change the patterns."
-            )
-        self._find_scorers(masked)
+        self._selection.check(gradients)
+        masked = self._selection.masked(gradients)
+        self._scorers.ask(masked)
         settings = {
             f"{setting} (gmt_{setting} in YAML)": repr(value)
             for setting, value in self.config.model_dump().items()
@@ -180,27 +163,6 @@ class GradientMasker:
             for name, parameter in masked
         }
 
-    def _find_scorers(self, masked: Sequence[tuple[str, Tensor]]) -> None:
-        """Ask the criterion how each parameter is scored, once, and again if there are new ones."""
-        shapes = {name: shape(parameter) for name, parameter in masked}
-        if shapes.keys() <= self._scorers.keys():
-            return
-        if self.config.mask_ratio == 0:  # Then no criterion masks anything.
-            self._scorers |= dict.fromkeys(shapes, KEEP)
-            return
-        name = self.config.criterion
-        scorers = criteria.find(name)(shapes, self.config.seed or 0)
-        for parameter in shapes:
-            scorer = scorers.get(parameter) if isinstance(scorers, Mapping) else None
-            if not (isinstance(scorer, Verdict) or callable(scorer)):
-                raise ValueError(
-                    f"criterion (gmt_criterion in YAML): {name!r} does not say how {parameter} is "
-                    f"scored, but {scorer!r}. It must return, for every name that it is given, "
-                    "MAGNITUDE, KEEP, DROP or a function."
-                )
-        # What is known stays: a parameter that joins later must not change what is frozen.
-        self._scorers = {**scorers, **self._scorers}
-
     def _begin_step(self, gradients: StepGradients) -> Callable[[], None]:
         """What masks the gradients of the step that begins, each time that they are made."""
         return partial(self._mask, gradients, self.step)
@@ -208,39 +170,22 @@ class GradientMasker:
     @torch.no_grad()
     def _mask(self, gradients: StepGradients, step: int) -> None:
         """Mask, in place, the gradients that the next step uses."""
-        masked = self._masked(gradients)
-        self._find_scorers(masked)
+        masked = self._selection.masked(gradients)
+        self._scorers.ask(masked)
         shards = self._shards_together(masked, gradients)
-        found: _Found = defaultdict(list)
-        self._mask_whole([shard for shard in shards if self._is_whole(shard)], found)
-        is_first = not self._bad_scores
-        for dtype, are_shared, groups in self._groups(
-            [shard for shard in shards if not self._is_whole(shard)]
-        ):
-            batch: list[tuple[list[Shard], list[Scores]]] = []
-            for group in groups:
-                batch.append((group, [self._scores(shard, gradients, step) for shard in group]))
-                # Made scores take as much memory as fp32 gradients do. Where ranks count together
-                # it must not matter whether those of this one are made.
-                is_made = any(
-                    isinstance(scores, Given)
-                    or (are_shared and self._scorers[shard.name] is not MAGNITUDE)
-                    for shard, scores in zip(*batch[-1], strict=True)
-                )
-                if is_made or len(batch) == _GROUPS_AT_ONCE:
-                    self._mask_groups(batch, dtype, found)
-                    batch = []
-            if batch:
-                self._mask_groups(batch, dtype, found)
-        if is_first:  # Later, when something is read from the device anyway.
-            self._check_scores()
-        self._totals = []
-        for (_, ranks), parts in found.items():
-            total = torch.cat([part for _, part in parts])
-            if not self.config.log_modules:
-                total = total.sum(0, keepdim=True)
-            sum_over_ranks(total, ranks)
-            self._totals.append(([name for names, _ in parts for name in names], total))
+        statistics = Statistics(by_tensor=self.config.log_modules)
+        self._mask_whole([s for s in shards if self._scorers.keeps(s) is not None], statistics)
+        competing = [s for s in shards if self._scorers.keeps(s) is None]
+        for dtype, batch in self._batches(competing, gradients, step):
+            rows = Rows([group for group, _ in batch])
+            of_batch = [shard for group, _ in batch for shard in group]
+            scores = [of_shard for _, of_group in batch for of_shard in of_group]
+            thresholds = find_thresholds(scores, rows, self.config.mask_ratio, dtype)
+            _apply(of_batch, scores, rows.of_shard, dtype, thresholds, statistics)
+        if self._statistics is None:  # Later, when something is read from the device anyway.
+            self._scorers.check()
+        statistics.sum_over_ranks()
+        self._statistics = statistics
         self.step = step + 1  # However often a closure lets the step mask.
 
     def _shards_together(
@@ -279,153 +224,59 @@ class GradientMasker:
                     raise
         return shards
 
-    def _mask_groups(
-        self,
-        batch: Sequence[tuple[Sequence[Shard], Sequence[Scores]]],
-        dtype: torch.dtype,
-        found: _Found,
-    ) -> None:
-        """Mask groups of shards, each by its own threshold, and add what was found to ``found``."""
-        rows = Rows([group for group, _ in batch])
-        shards = [shard for group, _ in batch for shard in group]
-        scores = [of_shard for _, of_group in batch for of_shard in of_group]
-        thresholds = find_thresholds(scores, rows, self.config.mask_ratio, dtype)
-        self._apply(shards, scores, rows.of_shard, dtype, thresholds, found)
-
-    def _is_whole(self, shard: Shard) -> bool:
-        return self._scorers[shard.name] in (KEEP, DROP)
-
-    def _scores(self, shard: Shard, gradients: StepGradients, step: int) -> Scores:
-        """The scores of the entries of ``shard``, in the dtype of :meth:`_score_dtype`."""
-        scorer = self._scorers[shard.name]
-        if scorer is MAGNITUDE:
-            return Magnitudes(shard.entries)
-        assert callable(scorer)
-        entries = Entries(
-            name=shard.name,
-            gradient=shard.entries,
-            step=step,
-            read_weight=partial(gradients.weight, shard),
-            positions=gradients.positions(shard),
-            first_position=gradients.first_position(shard),
-        )
-        scores = scorer(entries)
-        if isinstance(scores, Scores) and scores.entries is shard.entries:
-            return scores
-        given, bad = checked(scores, entries)
-        self._bad_scores[bad.device] = bad | self._bad_scores.get(bad.device, False)
-        return given
-
-    def _score_dtype(self, shard: Shard) -> torch.dtype:
-        return shard.entries.dtype if self._scorers[shard.name] is MAGNITUDE else torch.float32
-
-    def _check_scores(self) -> None:
-        if any(bad.item() for bad in self._bad_scores.values()):
-            raise ValueError(
-                f"criterion (gmt_criterion in YAML): {self.config.criterion!r} returned scores "
-                "that are negative or NaN, so its masks mean nothing. Mend it or set another one."
-            )
-
-    def _mask_whole(self, shards: Sequence[Shard], found: _Found) -> None:
+    def _mask_whole(self, shards: Sequence[Shard], statistics: Statistics) -> None:
         """Keep or drop whole gradients; NaN and infinity survive here too."""
         alike: dict[tuple[torch.dtype, torch.device, int], list[Shard]] = defaultdict(list)
         for shard in shards:
             dtype = shard.entries.dtype
-            threshold = infinity_pattern(dtype) if self._scorers[shard.name] is DROP else 0
+            threshold = 0 if self._scorers.keeps(shard) else infinity_pattern(dtype)
             alike[dtype, shard.entries.device, threshold].append(shard)
         for (dtype, device, threshold), group in alike.items():
             thresholds = torch.full((1,), threshold, dtype=torch.int64, device=device)
             scores = [Magnitudes(shard.entries) for shard in group]
-            self._apply(group, scores, [0] * len(group), dtype, thresholds, found)
+            _apply(group, scores, [0] * len(group), dtype, thresholds, statistics)
 
-    def _apply(
-        self,
-        shards: Sequence[Shard],
-        scores: Sequence[Scores],
-        rows: Sequence[int],
-        dtype: torch.dtype,
-        thresholds: Tensor,
-        found: _Found,
-    ) -> None:
-        """Mask ``shards`` by thresholds of their rows, and add what was found to ``found``."""
-        for key in dict.fromkeys((shard.entries.device, shard.ranks) for shard in shards):
-            here = [i for i, s in enumerate(shards) if (s.entries.device, s.ranks) == key]
-            totals = torch.zeros(len(here), 4, dtype=torch.float64, device=key[0])
-            mask_below_(
-                [scores[i] for i in here], [rows[i] for i in here], dtype, thresholds, totals
-            )
-            if not self.config.log_modules:
-                totals = totals.sum(0, keepdim=True)
-            found[key].append(([shards[i].name for i in here], totals))
-
-    def statistics(self) -> dict[str, float]:
-        """What the last step kept, on all ranks; empty if there was none yet. Reads the device.
-
-        Returns:
-            ``kept_fraction``: non-zero entries that survived over all entries subject to masking.
-            ``grad_norm_kept``: norm of the masked gradient over norm of the gradient, 1 if both
-            are 0.
-        """
-        self._check_scores()
-        total = torch.zeros(4, dtype=torch.float64)
-        for _, part in self._totals:
-            total += part.cpu().sum(0)
-        return _statistics(total)
-
-    def module_statistics(self) -> dict[str, dict[str, float]]:
-        """What :meth:`statistics` says, for each module, with ``log_modules``; else empty.
-
-        Returns:
-            For each module that owns masked parameters, such as ``model.layers.3.mlp.down_proj``,
-            its statistics; a module whose gradients were all absent is left out.
-        """
-        if not self.config.log_modules:
-            return {}
-        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
-        for names, part in self._totals:
-            for name, total in zip(names, part.cpu(), strict=True):
-                totals[module_name(name)] += total
-        in_model = dict.fromkeys(module_name(names[0]) for names in self._names.values())
-        found = {module: _statistics(totals[module]) for module in in_model if module in totals}
-        return {module: statistics for module, statistics in found.items() if statistics}
-
-    def _check_patterns(self, gradients: StepGradients) -> None:
-        names = [name for names, _ in gradients.parameters() for name in names]
-        for setting in ("include", "exclude"):
-            for pattern in getattr(self.config, setting) or ():
-                if not _matches_any([pattern], names):
-                    raise ValueError(
-                        f"{setting} (gmt_{setting} in YAML): the pattern {pattern!r} matches no "
-                        f"trained parameter. There are {len(names)}, such as {names[0]} and "
-                        f"{names[-1]}. Change the pattern or remove it."
-                    )
-
-    def _groups(self, shards: list[Shard]) -> Iterator[tuple[torch.dtype, bool, list[list[Shard]]]]:
-        """Groups of shards whose thresholds may be found together.
-
-        With their common dtype, and whether any of them is spread over ranks.
-        """
+    def _batches(
+        self, shards: Sequence[Shard], gradients: StepGradients, step: int
+    ) -> Iterator[tuple[torch.dtype, list[tuple[list[Shard], list[Scores]]]]]:
+        """Groups with their scores whose thresholds are found together, and their dtype."""
         groups: dict[str, list[Shard]] = defaultdict(list)
         for shard in shards:
             groups[group_name(shard.name, self.config.granularity)].append(shard)
         alike: dict[tuple[torch.dtype, bool, torch.device], list[list[Shard]]] = defaultdict(list)
         for group in groups.values():
-            dtype = common_dtype([self._score_dtype(shard) for shard in group])
+            dtype = common_dtype([self._scorers.dtype(shard) for shard in group])
             are_shared = any(shard.ranks for shard in group)
             alike[dtype, are_shared, group[0].entries.device].append(group)
         for (dtype, are_shared, _), alike_groups in alike.items():
-            yield dtype, are_shared, alike_groups
+            batch: list[tuple[list[Shard], list[Scores]]] = []
+            for group in alike_groups:
+                scores = [self._scorers.scores(shard, gradients, step) for shard in group]
+                batch.append((group, scores))
+                # Scores in memory take as much as fp32 gradients do, so such a group is a batch of
+                # its own. Where ranks count together they must form the same batches, and one rank
+                # may have a tensor of scores where another has none.
+                is_given = any(isinstance(of_shard, Given) for of_shard in scores) or (
+                    are_shared and not all(map(self._scorers.by_magnitude, group))
+                )
+                if is_given or len(batch) == _GROUPS_AT_ONCE:
+                    yield dtype, batch
+                    batch = []
+            if batch:
+                yield dtype, batch
 
 
-def _statistics(total: Tensor) -> dict[str, float]:
-    entries, kept, before, after = total.tolist()
-    if entries == 0:
-        return {}
-    return {
-        "kept_fraction": kept / entries,
-        "grad_norm_kept": 1.0 if before == 0 else math.sqrt(after / before),
-    }
-
-
-def _matches_any(patterns: Iterable[str], names: Iterable[str]) -> bool:
-    return any(re.search(pattern, name) for name in names for pattern in patterns)
+def _apply(
+    shards: Sequence[Shard],
+    scores: Sequence[Scores],
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    thresholds: Tensor,
+    statistics: Statistics,
+) -> None:
+    """Mask ``shards`` by thresholds of their rows, and add what it kept to ``statistics``."""
+    for key in dict.fromkeys((shard.entries.device, shard.ranks) for shard in shards):
+        alike = [i for i, s in enumerate(shards) if (s.entries.device, s.ranks) == key]
+        totals = torch.zeros(len(alike), 4, dtype=torch.float64, device=key[0])
+        mask_below_([scores[i] for i in alike], [rows[i] for i in alike], dtype, thresholds, totals)
+        statistics.add([shards[i] for i in alike], totals)

@@ -16,7 +16,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from axolotl_gmt.gradients.plain import Rows
+from axolotl_gmt.gradients.shard import Ranks, Shard, sum_over_ranks
 from axolotl_gmt.kernels.dispatch import (
     Digit,
     copies_candidates,
@@ -182,3 +182,63 @@ def _count_on_every_device(
         if device != devices[0]:
             total += counts.to(devices[0])
     return total
+
+
+class Rows:
+    """Rows of counts: one for each pair of a group of entries and the ranks that it is spread over.
+
+    Entries that are spread over the same ranks are counted together and summed over these ranks
+    once; a group whose tensors lie differently (sharded and not, on different meshes) has several
+    rows. All ranks build the same rows in the same order.
+
+    Args:
+        groups: The shards of each group.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Shard]]) -> None:
+        self._group: list[int] = []
+        self._ranks: list[Ranks] = []
+        self.of_shard: list[int] = []
+        for index, group in enumerate(groups):
+            row_of: dict[Ranks, int] = {}
+            for shard in group:
+                if shard.ranks not in row_of:
+                    row_of[shard.ranks] = len(self._group)
+                    self._group.append(index)
+                    self._ranks.append(shard.ranks)
+                self.of_shard.append(row_of[shard.ranks])
+        self._groups = len(groups)
+
+    def __len__(self) -> int:
+        return len(self._group)
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """Sum counts ``(rows, ...)`` over ranks and rows to ``(groups, ...)``."""
+        for ranks in dict.fromkeys(self._ranks):
+            rows = [row for row, held_by in enumerate(self._ranks) if held_by == ranks]
+            if len(rows) == len(self):
+                sum_over_ranks(counts, ranks)
+            elif ranks:
+                part = torch.stack([counts[row] for row in rows])
+                sum_over_ranks(part, ranks)
+                for row, total in zip(rows, part, strict=True):
+                    counts[row] = total
+        if self._one_row_a_group():
+            return counts
+        totals = counts.new_zeros(self._groups, *counts.shape[1:])
+        for row, group in enumerate(self._group):
+            totals[group] += counts[row]
+        return totals
+
+    def are_shared(self) -> bool:
+        """Whether a row is spread over ranks."""
+        return any(self._ranks)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Values of groups ``(groups, ...)`` as values of their rows ``(rows, ...)``."""
+        if self._one_row_a_group():
+            return values
+        return torch.stack([values[group] for group in self._group])
+
+    def _one_row_a_group(self) -> bool:
+        return self._group == list(range(self._groups))

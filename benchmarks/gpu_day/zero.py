@@ -29,7 +29,7 @@ def check_sums(device: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from axolotl_gmt.gradients.plain import sum_over_ranks
+    from axolotl_gmt.gradients.shard import sum_over_ranks
 
     backend = "nccl" if device == "cuda" else "gloo"
     group = dist.new_group(backend=backend)

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from axolotl_gmt import GMTConfig, GradientMasker, criteria
 from axolotl_gmt.criteria import DROP, KEEP
-from axolotl_gmt.gradients.plain import plain_name
+from axolotl_gmt.gradients.shard import plain_name
 from axolotl_gmt.masking.masker import group_name
 from tests.reference.gmt_reference import masked, masked_by_scores, random_scores
 
@@ -691,8 +691,8 @@ def a_criterion_that_fails_on_one_rank_ends_the_others() -> None:
         raise torch.OutOfMemoryError("planted")
 
     if dist.get_rank() == 1:
-        masker._scorers["layers.2.weight"] = fail
-        masker._scorers["layers.1.weight"] = fail
+        masker._scorers._by_name["layers.2.weight"] = fail
+        masker._scorers._by_name["layers.1.weight"] = fail
     optimizer.step()
 
 

@@ -11,11 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from axolotl_gmt.gradients.plain import Rows, Shard
+from axolotl_gmt.gradients.shard import Shard
 from axolotl_gmt.kernels import dispatch
 from axolotl_gmt.kernels.dispatch import mask_below_
 from axolotl_gmt.kernels.scores import Hashes, Magnitudes, Products, Scores
-from axolotl_gmt.masking.threshold import common_dtype, find_thresholds
+from axolotl_gmt.masking.threshold import Rows, common_dtype, find_thresholds
 from tests.reference.gmt_reference import masked, masked_by_scores
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

@@ -1,0 +1,117 @@
+"""One step of a torch optimizer, however it is nested, with a closure or without."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+def mask_before_steps(
+    optimizer: Optimizer,
+    stepped: Callable[[], Iterator[Tensor]],
+    begin_step: Callable[[], Callable[[], None]],
+) -> RemovableHandle:
+    """Call ``begin_step`` once a step, and what it returns when the gradients are complete.
+
+    That is at once, or after each call of a closure, which makes them. A step within a step,
+    as ``super().step()`` is where torch has hooked the parent's class too, begins none: what
+    has been masked stays as it is, and gradients that are new are masked as part of the step.
+
+    Args:
+        optimizer: Whose steps.
+        stepped: Gives the parameters that it steps.
+        begin_step: What a step begins with; returns what masks.
+    """
+    step = _Step(stepped)
+
+    def hook(
+        optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        is_outermost = _steps_under_way(optimizer) <= 1
+        if is_outermost:
+            step.begin(torch.compiler.disable(begin_step()))
+        _, *positional = args
+        closure = positional[0] if positional else kwargs.get("closure")
+        if closure is None:
+            if is_outermost:  # Also without a gradient here: other ranks may have some.
+                step.mask()
+            else:
+                step.mask_new_gradients()
+            return None
+
+        def closure_then_mask() -> Any:  # A closure makes the gradients, so masking follows it.
+            masks = step.masks
+            with torch.enable_grad():
+                loss = closure()
+            if step.masks == masks:  # Else it is one that an outer step has wrapped.
+                step.mask()
+            return loss
+
+        if positional:
+            return (optimizer, closure_then_mask, *positional[1:]), kwargs
+        return args, {**kwargs, "closure": closure_then_mask}
+
+    # A compiled step must not trace the masker: its Python would be compiled anew at each step.
+    handle: RemovableHandle = optimizer.register_step_pre_hook(torch.compiler.disable(hook))
+    return handle
+
+
+class _Step:
+    """The optimizer step under way, which may hold others.
+
+    Args:
+        parameters: Gives what the optimizer steps.
+    """
+
+    def __init__(self, parameters: Callable[[], Iterator[Tensor]]) -> None:
+        self._parameters = parameters
+        self._mask: Callable[[], None] | None = None
+        self._masked: list[ReferenceType[Tensor]] = []
+        self.masks = 0
+
+    def begin(self, mask: Callable[[], None]) -> None:
+        """Mask by ``mask`` from now on; nothing is masked yet."""
+        self._mask = mask
+        self._masked = []
+
+    def mask(self) -> None:
+        """Mask the gradients as they are."""
+        assert self._mask is not None
+        self._mask()
+        self.masks += 1
+        self._masked = [ref(gradient) for gradient in self._gradients()]
+
+    def mask_new_gradients(self) -> None:
+        """Mask, unless all gradients are those that have been masked."""
+        masked = {id(reference()) for reference in self._masked}
+        if self._mask is not None and any(id(new) not in masked for new in self._gradients()):
+            self.mask()
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._parameters() if p.grad is not None]
+
+
+def _steps_under_way(optimizer: Optimizer) -> int:
+    """How many calls of ``optimizer.step()`` that torch has hooked stand on this thread's stack.
+
+    Asked of the stack and not of a counter, which an error in a step would leave wrong.
+    """
+    steps = 0
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == _HOOKED_STEP.co_name and code.co_filename == _HOOKED_STEP.co_filename:
+            steps += frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return steps
+
+
+# The code around every step() in which torch calls the hooks; it calls its optimizer `self`.
+_HOOKED_STEP = Optimizer.profile_hook_step(lambda: None).__code__

@@ -1,0 +1,81 @@
+"""What a step kept: sums over tensors and ranks, read from the device only when asked for."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from axolotl_gmt.gradients.shard import Ranks, Shard, sum_over_ranks
+from axolotl_gmt.names import module_name
+
+
+class Statistics:
+    """What one step kept.
+
+    Args:
+        by_tensor: Whether the totals of each tensor are kept apart, for statistics of modules.
+    """
+
+    def __init__(self, by_tensor: bool) -> None:
+        self._by_tensor = by_tensor
+        self._local: dict[tuple[torch.device, Ranks], list[tuple[list[str], Tensor]]] = defaultdict(
+            list
+        )
+        self._totals: list[tuple[list[str], Tensor]] = []
+
+    def add(self, shards: Sequence[Shard], totals: Tensor) -> None:
+        """Add what a pass made of ``shards``, which share a device and ranks.
+
+        Args:
+            shards: The shards that were masked.
+            totals: float64 ``(shards, 4)``, see :func:`~axolotl_gmt.kernels.dispatch.mask_below_`.
+        """
+        if not self._by_tensor:
+            totals = totals.sum(0, keepdim=True)
+        key = (totals.device, shards[0].ranks)
+        self._local[key].append(([shard.name for shard in shards], totals))
+
+    def sum_over_ranks(self) -> None:
+        """Sum over the ranks that hold the shards, when all of them are added."""
+        for (_, ranks), parts in self._local.items():
+            total = torch.cat([part for _, part in parts])
+            if not self._by_tensor:
+                total = total.sum(0, keepdim=True)
+            sum_over_ranks(total, ranks)
+            self._totals.append(([name for names, _ in parts for name in names], total))
+        self._local.clear()
+
+    def overall(self) -> dict[str, float]:
+        """``kept_fraction`` and ``grad_norm_kept`` of all tensors; empty if there were none."""
+        total = torch.zeros(4, dtype=torch.float64)
+        for _, part in self._totals:
+            total += part.cpu().sum(0)
+        return _statistics(total)
+
+    def of_modules(self, names: Iterable[str]) -> dict[str, dict[str, float]]:
+        """The statistics of each module that has any.
+
+        Args:
+            names: Names of all parameters, in the order in which their modules are wanted.
+        """
+        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
+        for tensors, part in self._totals:
+            for name, total in zip(tensors, part.cpu(), strict=True):
+                totals[module_name(name)] += total
+        modules = [module for module in dict.fromkeys(map(module_name, names)) if module in totals]
+        statistics = {module: _statistics(totals[module]) for module in modules}
+        return {module: numbers for module, numbers in statistics.items() if numbers}
+
+
+def _statistics(total: Tensor) -> dict[str, float]:
+    entries, kept, before, after = total.tolist()
+    if entries == 0:
+        return {}
+    return {
+        "kept_fraction": kept / entries,
+        "grad_norm_kept": 1.0 if before == 0 else math.sqrt(after / before),
+    }
