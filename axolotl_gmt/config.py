@@ -8,9 +8,18 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+)
+from pydantic.config import JsonDict
 
 
 def _check_mask_ratio(value: object) -> float:
@@ -54,16 +63,16 @@ def _check_patterns(value: object) -> object:
     for pattern in patterns:
         try:
             re.compile(pattern)
-        except (re.error, TypeError) as error:
+        except (re.error, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(
-                f"{pattern!r} is not a valid regular expression ({error}). "
+                f"{reprlib.repr(pattern)} is not a valid regular expression ({error}). "
                 "Fix the pattern; it is searched for in parameter names, dots escaped as '\\.'."
             ) from None
     return tuple(patterns)
 
 
 def _check_criterion(value: object) -> object:
-    from axolotl_gmt import criteria  # It imports torch, which reading a config does not need.
+    from axolotl_gmt import criteria  # It imports torch, which a JSON schema does not need.
 
     criteria.find(value)
     return value
@@ -71,10 +80,22 @@ def _check_criterion(value: object) -> object:
 
 Granularity = Literal["tensor", "layer", "global"]
 
-MaskRatio = Annotated[float, BeforeValidator(_check_mask_ratio)]
+# The validators make the messages; what stands beside them is for the JSON schema.
+MaskRatio = Annotated[float, Field(ge=0, lt=1), BeforeValidator(_check_mask_ratio)]
 GranularitySetting = Annotated[Granularity, _one_of(*get_args(Granularity))]
-CriterionSetting = Annotated[str, BeforeValidator(_check_criterion)]
-Patterns = Annotated[tuple[str, ...] | None, BeforeValidator(_check_patterns)]
+CriterionSetting = Annotated[
+    str,
+    BeforeValidator(_check_criterion),
+    Field(examples=["gradient", "random", "gradient_weight", "half"]),
+]
+_PATTERN: JsonDict = {"type": "string", "format": "regex"}
+Patterns = Annotated[
+    tuple[str, ...] | None,
+    BeforeValidator(_check_patterns),
+    WithJsonSchema(
+        {"anyOf": [_PATTERN, {"type": "array", "items": _PATTERN, "minItems": 1}, {"type": "null"}]}
+    ),
+]
 
 
 class GMTConfig(BaseModel):

@@ -63,13 +63,13 @@ import hashlib
 import math
 import random
 import re
-import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from importlib.metadata import entry_points
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import pluggy
 import torch
@@ -260,76 +260,81 @@ def half(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, Scorer]:
     return scorers
 
 
-@hookimpl
-def gmt_criteria() -> Mapping[str, Criterion]:
-    """The built-in criteria."""
-    return {
-        "gradient": gradient,
-        "random": random_uniform,
-        "gradient_weight": gradient_weight,
-        "half": half,
-    }
+BUILT_IN: Mapping[str, Criterion] = {
+    "gradient": gradient,
+    "random": random_uniform,
+    "gradient_weight": gradient_weight,
+    "half": half,
+}
 
 
 class _Offer(NamedTuple):
-    owner: str
+    package: str
     criterion: Criterion
 
 
-def _offers() -> tuple[dict[str, list[_Offer]], list[str]]:
-    """Who offers each criterion, the built-in ones first, and what is wrong with which package."""
+@cache
+def _installed() -> tuple[Mapping[str, Sequence[_Offer]], Sequence[str]]:
+    """What other packages offer by name, and what is wrong with which package."""
     manager = pluggy.PluginManager(ENTRY_POINT_GROUP)
     manager.add_hookspecs(_Hooks)
-    manager.register(sys.modules[__name__], name="axolotl_gmt")
+    offers: dict[str, list[_Offer]] = defaultdict(list)
     broken = []
     # Not load_setuptools_entrypoints, which skips a second entry point of the same name in silence.
     for point in entry_points(group=ENTRY_POINT_GROUP):
-        package = point.dist.name if point.dist else point.value
+        package = f"{point.dist.name if point.dist else 'of an unknown name'} ({point.value})"
         try:
-            module = point.load()
-            if not manager.is_registered(module):
-                manager.register(module, name=f"{package} ({point.value})")
-                if not manager.get_hookcallers(module):
-                    raise TypeError("it has no function gmt_criteria marked with hookimpl")
+            for name, criterion in _offered(manager, point.load(), package).items():
+                offers[name].append(_Offer(package, criterion))
         except Exception as error:  # Somebody else's module raises anything as it is imported.
             broken.append(
-                f"The package {package} offers criteria, but {point.value} cannot be loaded "
-                f"({type(error).__name__}: {error}). Repair or uninstall it."
+                f"The package {package} offers criteria, but fails ({type(error).__name__}: "
+                f"{error}). Repair or uninstall it."
             )
-    offers: dict[str, list[_Offer]] = defaultdict(list)
-    for implementation in manager.hook.gmt_criteria.get_hookimpls():
-        owner = implementation.plugin_name
-        try:
-            offered = dict(cast(Mapping[str, Criterion], implementation.function()))
-        except Exception as error:
-            broken.append(
-                f"The hook gmt_criteria of {owner} fails ({type(error).__name__}: {error}). It "
-                "must return a dictionary of criteria by name."
-            )
-            continue
-        for name, criterion in offered.items():
-            offers[name].append(_Offer(owner, criterion))
     return offers, broken
+
+
+def _offered(
+    manager: pluggy.PluginManager, module: object, package: str
+) -> Mapping[str, Criterion]:
+    """The criteria of one module; none if it has been asked already."""
+    if manager.is_registered(module):
+        return {}
+    others = manager.get_plugins()
+    manager.register(module, name=package)
+    if not manager.get_hookcallers(module):
+        raise TypeError("it has no function gmt_criteria marked with hookimpl")
+    results = manager.subset_hook_caller("gmt_criteria", others)()
+    if not all(isinstance(result, Mapping) for result in results):
+        raise TypeError("its function gmt_criteria must return a dictionary of criteria by name")
+    offered = {name: criterion for result in results for name, criterion in result.items()}
+    if taken := BUILT_IN.keys() & offered:
+        raise ValueError(f"it claims the built-in name {min(taken)!r}, so it must choose another")
+    return offered
 
 
 def find(name: object) -> Criterion:
     """The criterion of that name, built in or of an installed package.
 
+    Packages are imported only to look for a name that is not built in.
+
     Raises:
         ValueError: If there is none, or if two packages claim the name. A package that is broken
             is no error unless it may be the one that is meant.
     """
-    offers, broken = _offers()
-    found = offers.get(name, []) if isinstance(name, str) else []
-    if not found:
+    if isinstance(name, str) and name in BUILT_IN:
+        return BUILT_IN[name]
+    offers, broken = _installed()
+    offered = offers.get(name, ()) if isinstance(name, str) else ()
+    if not offered:
         problems = "".join(f" {problem}" for problem in broken)
         raise ValueError(
-            f"{name!r} is not one of {', '.join(offers)}. Set one of these, or install the package "
-            f"that offers it.{problems}"
+            f"{name!r} is not one of {', '.join([*BUILT_IN, *offers])}. Set one of these, or "
+            f"install the package that offers it.{problems}"
         )
-    if len(found) > 1:
-        owners = " and by ".join(offer.owner for offer in found)
+    if len(offered) > 1:
+        packages = " and by ".join(offer.package for offer in offered)
         raise ValueError(
-            f"{name!r} is claimed by {owners}. Uninstall all but one, or rename its criterion."
+            f"{name!r} is claimed by {packages}. Uninstall all but one, or rename its criterion."
         )
-    return found[0].criterion
+    return offered[0].criterion

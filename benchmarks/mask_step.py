@@ -19,10 +19,10 @@ from gradients import (
 )
 from measuring import TRIAL, Row, arguments, chosen, in_turns, median_ms, save, show
 
-from axolotl_gmt.criteria import gmt_criteria
+from axolotl_gmt.criteria import BUILT_IN
 
 MASK_RATIO = 0.5
-CRITERIA = tuple(gmt_criteria())  # The built-in ones; gradient is the method itself.
+CRITERIA = tuple(BUILT_IN)  # The built-in ones; gradient is the method itself.
 CASES = {
     "cpu": [
         ("SmolLM2-135M", "bf16"),

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from axolotl_gmt import GMTConfig
 from axolotl_gmt.config import explain
+from axolotl_gmt.criteria import BUILT_IN
 
 
 def test_defaults() -> None:
@@ -51,6 +52,9 @@ def test_a_ratio_that_yaml_reads_as_text_is_a_number() -> None:
         ({"exclude": [3]}, r"gmt_exclude: 3 is not a valid regular expression"),
         ({"include": []}, r"gmt_include: \[\] is not a regular expression or a list of them"),
         ({"include": {"a": 1}}, r"gmt_include: \{'a': 1\} is not a regular expression"),
+        ({"include": "a{4294967295}"}, r"gmt_include: 'a\{4294967295\}' is not a valid"),
+        ({"include": "a{99999999999999999999}"}, r"gmt_include: 'a\{9+\}' is not a valid"),
+        ({"include": "(" * 9000 + ")" * 9000}, r"gmt_include: '\(+\.\.\.\)+' is not a valid"),
         ({"seed": "x"}, r"gmt_seed: 'x' is not valid"),
     ],
 )
@@ -65,3 +69,14 @@ def test_every_bad_setting_gets_its_line() -> None:
         GMTConfig.model_validate({"mask_ratio": 2, "granularity": "row", "typo": 1})
     lines = explain(error.value).splitlines()
     assert [line.split(":")[0] for line in lines] == ["mask_ratio", "granularity", "typo"]
+
+
+def test_the_json_schema_says_what_is_allowed() -> None:
+    properties = GMTConfig.model_json_schema()["properties"]
+    ratio = properties["mask_ratio"]
+    assert (ratio["minimum"], ratio["exclusiveMaximum"], ratio["type"]) == (0, 1, "number")
+    assert properties["granularity"]["enum"] == ["tensor", "layer", "global"]
+    assert properties["criterion"]["examples"] == list(BUILT_IN)
+    for setting in ("include", "exclude"):
+        kinds = [kind["type"] for kind in properties[setting]["anyOf"]]
+        assert kinds == ["string", "array", "null"]

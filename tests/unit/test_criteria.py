@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import Distribution, EntryPoint
 from pathlib import Path
@@ -281,7 +281,7 @@ def test_half_leaves_free_gradients_as_they_are_and_frozen_weights_where_they_ar
 
 
 @pytest.fixture
-def offer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+def offer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
     """Installs a package, for this test, whose module has the given source."""
     points: list[EntryPoint] = []
     monkeypatch.syspath_prepend(tmp_path)
@@ -300,12 +300,14 @@ def offer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None
             return tmp_path / str(path)
 
     def install(module: str, source: str) -> None:
+        criteria._installed.cache_clear()
         (tmp_path / f"{module}.py").write_text(source)
         monkeypatch.delitem(sys.modules, module, raising=False)
         point = EntryPoint("criteria", module, criteria.ENTRY_POINT_GROUP)
         points.append(point._for(Package(module)))  # type: ignore[attr-defined]
 
-    return install
+    yield install
+    criteria._installed.cache_clear()
 
 
 TEMPLATE = """
@@ -364,24 +366,38 @@ def test_two_packages_with_one_name_are_refused(offer: Callable[..., None]) -> N
 
 
 def test_a_package_may_not_take_a_built_in_name(offer: Callable[..., None]) -> None:
-    offer("taker", TEMPLATE.format(name="random", score="0"))
-    with pytest.raises(ValidationError, match="'random' is claimed by axolotl_gmt and by taker"):
-        GMTConfig(criterion="random")
-    GMTConfig(criterion="half")
+    source = TEMPLATE.format(name="random", score="0")
+    offer("taker", source.replace("return {", 'return {"other": scored, '))
+    assert criteria.find("random") is criteria.random_uniform
+    with pytest.raises(
+        ValidationError, match=r"package taker \(taker\) .*claims the built-in name 'random'"
+    ):
+        GMTConfig(criterion="other")
+
+
+def test_built_in_criteria_are_found_without_importing_a_package(
+    offer: Callable[..., None],
+) -> None:
+    offer("imported", TEMPLATE.format(name="imported", score="0"))
+    for name in criteria.BUILT_IN:
+        GMTConfig(criterion=name)
+    assert "imported" not in sys.modules
+    GMTConfig(criterion="imported")
+    assert "imported" in sys.modules
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("import no_such_module", r"package broken offers .*no_such_module.*Repair"),
+        ("import no_such_module", r"package broken \(broken\) offers .*no_such_module.*Repair"),
         ("def gmt_criteria(): return {}", r"broken.*has no function gmt_criteria marked with hook"),
         (
             "from axolotl_gmt.criteria import hookimpl\n@hookimpl\ndef gmt_criteria(): 1 / 0",
-            r"hook gmt_criteria of broken \(broken\) fails \(ZeroDivisionError",
+            r"package broken \(broken\) offers criteria, but fails \(ZeroDivisionError",
         ),
         (
             "from axolotl_gmt.criteria import hookimpl\n@hookimpl\ndef gmt_criteria(): return [1]",
-            r"broken.*It must return a dictionary of criteria by name",
+            r"broken.*must return a dictionary of criteria by name",
         ),
     ],
 )
