@@ -53,7 +53,6 @@ def inspect(base: Path, tuned: Path, png: Path | None, as_json: bool) -> None:
       axolotl gmt inspect quickstart/base quickstart/sft --png changes.png
       axolotl gmt inspect quickstart/base outputs/lora --json | tail -n 1 | jq .total
     """  # noqa: D301
-    from axolotl_gmt.tools.inspect.checkpoint import CheckpointError
     from axolotl_gmt.tools.inspect.compare import compare, draw_png
 
     if png is not None and png.exists():
@@ -65,22 +64,19 @@ def inspect(base: Path, tuned: Path, png: Path | None, as_json: bool) -> None:
             part = stack.enter_context(whole(png)) if png is not None else None
         except OSError as error:
             raise click.ClickException(f"{png} cannot be written: {error.strerror}.") from error
-        try:
-            with Progress(*columns, console=remarks, transient=True) as progress:
-                task = progress.add_task("Comparing")
-                comparison = compare(
-                    base, tuned, lambda new, all_: progress.update(task, advance=new, total=all_)
-                )
-            for remark in comparison.remarks():
-                remarks.print(remark, markup=False)
-            if as_json:
-                click.echo(json.dumps(comparison.as_dict(), allow_nan=False))
-            else:
-                Console().print(_change_table(comparison))
-            if part is not None:
-                part.write_bytes(draw_png(comparison))
-        except CheckpointError as error:
-            raise click.ClickException(str(error)) from error
+        with Progress(*columns, console=remarks, transient=True) as progress:
+            task = progress.add_task("Comparing")
+            comparison = compare(
+                base, tuned, lambda new, all_: progress.update(task, advance=new, total=all_)
+            )
+        for remark in comparison.remarks():
+            remarks.print(remark, markup=False)
+        if as_json:
+            click.echo(json.dumps(comparison.as_dict(), allow_nan=False))
+        else:
+            Console().print(_change_table(comparison))
+        if part is not None:
+            part.write_bytes(draw_png(comparison))
     if png is not None:
         remarks.print(f"Wrote {png}", markup=False)
 

@@ -35,23 +35,20 @@ def quickstart(folder: Path, prepare_only: bool) -> None:
       axolotl train quickstart/dpo.yml --launcher python
     """  # noqa: D301
     place = qs.Folder(folder)
-    try:
-        qs.prepare(place, remarks.print)
-        if prepare_only:
-            for recipe in (place.sft_recipe, place.dpo_recipe):
-                remarks.print(f"Train with: {shlex.join(_user_command(recipe))}")
-            return
-        tuned = qs.tuned_model(place)
-        if qs.is_trained(tuned):
-            remarks.print(f"Kept {tuned}; remove it or name another folder to train again.")
-        else:
-            remarks.print(f"Running {shlex.join(_user_command(place.sft_recipe))}")
-            qs.train(place.sft_recipe)
-        problems = scoring.read_problems(place.held_out_data)
-        before, after = score_models([place.base_model, tuned], problems)
-        kept = qs.kept_fraction(tuned)
-    except (qs.QuickstartError, scoring.ScoringError) as error:
-        raise click.ClickException(str(error)) from error
+    qs.prepare(place, remarks.print)
+    if prepare_only:
+        for recipe in (place.sft_recipe, place.dpo_recipe):
+            remarks.print(f"Train with: {shlex.join(_user_command(recipe))}")
+        return
+    tuned = qs.tuned_model(place)
+    if qs.is_trained(tuned):
+        remarks.print(f"Kept {tuned}; remove it or name another folder to train again.")
+    else:
+        remarks.print(f"Running {shlex.join(_user_command(place.sft_recipe))}")
+        qs.train(place.sft_recipe)
+    problems = scoring.read_problems(place.held_out_data)
+    before, after = score_models([place.base_model, tuned], problems)
+    kept = qs.kept_fraction(tuned)
     table = score_table("Sums of two-digit numbers, never trained on", [before, after])
     Console().print(table)
     if kept is not None:

@@ -31,12 +31,9 @@ def recipes(as_json: bool) -> None:
       axolotl gmt recipes
       axolotl gmt recipes --json | tail -n 1
     """  # noqa: D301
-    from axolotl_gmt.tools.recipes import RecipeError, all_recipes
+    from axolotl_gmt.tools.recipes import all_recipes
 
-    try:
-        found = all_recipes()
-    except RecipeError as error:
-        raise click.ClickException(str(error)) from error
+    found = all_recipes()
     if as_json:
         click.echo(json.dumps([recipe.as_dict() for recipe in found]))
         return
@@ -74,14 +71,11 @@ def recipe(name: str, output: Path | None) -> None:
       axolotl gmt recipe math-qwen3-0.6b -o maths.yml
       python -m axolotl_gmt recipe math-qwen3-0.6b > maths.yml
     """  # noqa: D301
-    from axolotl_gmt.tools.recipes import RecipeError, find_recipe, write_recipe
+    from axolotl_gmt.tools.recipes import find_recipe, write_recipe
 
-    try:
-        found = find_recipe(name)
-        if output:
-            write_recipe(found, output)
-    except RecipeError as error:
-        raise click.ClickException(str(error)) from error
+    found = find_recipe(name)
+    if output:
+        write_recipe(found, output)
     if output:
         remarks.print(f"Wrote {output}", markup=False)
     else:

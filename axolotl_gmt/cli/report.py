@@ -45,19 +45,16 @@ def report(run_dir: Path, output: Path | None, as_json: bool) -> None:
       axolotl gmt report outputs/sft
       axolotl gmt report outputs/sft/checkpoint-500 -o /tmp/report --json
     """  # noqa: D301
-    from axolotl_gmt.report.log import LogError, find_state, read_log
-    from axolotl_gmt.report.page import FOLDER, ReportError, facts, write_report
+    from axolotl_gmt.report.log import find_state, read_log
+    from axolotl_gmt.report.page import FOLDER, facts, write_report
 
     columns = (TextColumn("Drawing"), BarColumn(), MofNCompleteColumn())
-    try:
-        state = find_state(run_dir)
-        log = read_log(state)
-        remarks.print(f"Read {state}", markup=False)
-        folder = output or (state.parent if run_dir.is_file() else run_dir) / FOLDER
-        with Progress(*columns, console=remarks) as progress:
-            files = write_report(log, folder, progress.track)
-    except (LogError, ReportError) as error:
-        raise click.ClickException(str(error)) from error
+    state = find_state(run_dir)
+    log = read_log(state)
+    remarks.print(f"Read {state}", markup=False)
+    folder = output or (state.parent if run_dir.is_file() else run_dir) / FOLDER
+    with Progress(*columns, console=remarks) as progress:
+        files = write_report(log, folder, progress.track)
     for file in files:
         remarks.print(f"Wrote {file}", markup=False)
     if as_json:

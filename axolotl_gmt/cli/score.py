@@ -54,13 +54,10 @@ def score(
       axolotl gmt score quickstart/base quickstart/sft --data quickstart/heldout.jsonl
       axolotl gmt score quickstart/sft --data quickstart/heldout.jsonl --limit 20 --json
     """  # noqa: D301
-    try:
-        problems = scoring.read_problems(data, limit)
-        for model in models:  # Before the first is scored, which takes a while.
-            scoring.check_model_folder(model)
-        scores = score_models(models, problems, max_new_tokens)
-    except scoring.ScoringError as error:
-        raise click.ClickException(str(error)) from error
+    problems = scoring.read_problems(data, limit)
+    for model in models:  # Before the first is scored, which takes a while.
+        scoring.check_model_folder(model)
+    scores = score_models(models, problems, max_new_tokens)
     if as_json:
         click.echo(json.dumps([result.as_dict() for result in scores]))
     else:

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from axolotl_gmt.cli import gmt
+from axolotl_gmt.errors import UserError
 from axolotl_gmt.tools.inspect import compare as inspection
-from axolotl_gmt.tools.inspect.checkpoint import CheckpointError, round_to
+from axolotl_gmt.tools.inspect.checkpoint import round_to
 from axolotl_gmt.tools.inspect.compare import Change, Comparison, compare, draw_png
 
 Tensors = dict[str, Tensor]
@@ -475,7 +476,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(
 ) -> None:
     make, message = case
     base, after = save(tmp_path / "base", small_model()), make(tmp_path / "tuned")
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         compare(base, after)
     assert "\n" not in str(caught.value)
     result = run(base, after)
@@ -486,13 +487,13 @@ def test_what_cannot_be_read_is_refused_in_one_line(
 
 def test_the_same_files_are_not_compared_with_themselves(tmp_path: Path) -> None:
     base = save(tmp_path / "base", small_model())
-    with pytest.raises(CheckpointError, match="are the same files"):
+    with pytest.raises(UserError, match="are the same files"):
         compare(base, base / "model.safetensors")
 
 
 def test_an_adapter_as_base_of_a_whole_model_is_refused(tmp_path: Path) -> None:
     after = save(tmp_path / "tuned", small_model())
-    with pytest.raises(CheckpointError, match=r"Name the adapter's base model first"):
+    with pytest.raises(UserError, match=r"Name the adapter's base model first"):
         compare(fake_adapter(tmp_path / "adapter"), after)
 
 

@@ -19,6 +19,8 @@ from typing import Annotated, NamedTuple
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
+from axolotl_gmt.errors import UserError
+
 # Safetensors' dtypes and how numpy reads them; it has no bfloat16.
 _FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _BUFFERS = frozenset({"I64", "BOOL"})  # Position ids and counters; quantised weights use others.
@@ -47,10 +49,6 @@ _OTHER_METHODS = {
 }
 # These start from another base: what they take out of it is not in the adapter.
 _REPLACES_BASE = re.compile("pissa|olora|corda|loftq|lora_ga")
-
-
-class CheckpointError(Exception):
-    """Weights that cannot be read or compared; the message says which, why, and what to do."""
 
 
 class Stored(NamedTuple):
@@ -93,9 +91,9 @@ class Checkpoint:
         try:
             raw = np.fromfile(stored.file, dtype, count, offset=offset)
         except OSError as error:
-            raise CheckpointError(f"{stored.file} cannot be read: {error.strerror}.") from error
+            raise UserError(f"{stored.file} cannot be read: {error.strerror}.") from error
         if raw.size < count:
-            raise CheckpointError(f"{stored.file} became shorter while it was read.")
+            raise UserError(f"{stored.file} became shorter while it was read.")
         if stored.dtype == "BF16":  # The upper half of a float32.
             raw = (raw.astype(np.uint32) << 16).view(np.float32)
         precise = np.promote_types(raw.dtype, np.float32)
@@ -167,7 +165,7 @@ class Adapter:
         """The LoRA matrices of each weight that has some, by the weight's name.
 
         Raises:
-            CheckpointError: If the adapter's method is not LoRA as Hu et al. wrote it.
+            UserError: If the adapter's method is not LoRA as Hu et al. wrote it.
         """
         settings = self._settings()
         pairs: dict[str, dict[str, re.Match[str]]] = {}
@@ -175,13 +173,13 @@ class Adapter:
             if match := _LORA.match(name):
                 pairs.setdefault(match["module"], {})[match["matrix"]] = match
             elif ".lora_" in name or ".token_adapter." in name:
-                raise CheckpointError(
+                raise UserError(
                     f"{self.path}: {name} is not part of plain LoRA. {_merge_first(self.path)}"
                 )
         loras = {}
         for module, pair in pairs.items():
             if len(pair) != 2:
-                raise CheckpointError(f"{self.path}: {module} has one LoRA matrix of its two.")
+                raise UserError(f"{self.path}: {module} has one LoRA matrix of its two.")
             loras[f"{module}.weight"] = self._lora(module, pair["A"], pair["B"], settings)
         return loras
 
@@ -190,7 +188,7 @@ class Adapter:
     ) -> Lora:
         shapes = [self.matrices.tensors[match.string].shape for match in (a, b)]
         if [len(shape) for shape in shapes] != [2, 2] or not 0 < shapes[0][0] == shapes[1][1]:
-            raise CheckpointError(
+            raise UserError(
                 f"{self.path}: the LoRA matrices of {module} have the shapes {list(shapes[0])} and "
                 f"{list(shapes[1])}, not [r, in] and [out, r]. Adapters saved under DeepSpeed "
                 "ZeRO-3 or FSDP without gathering their shards look like this."
@@ -219,7 +217,7 @@ class Adapter:
         file = self.path / _ADAPTER_CONFIG
         peft_type = self.config.get("peft_type")
         if peft_type != "LORA":
-            raise CheckpointError(
+            raise UserError(
                 f"{file}: peft_type is {peft_type!r}, and only LORA can be added to a base "
                 f"entry by entry. {_merge_first(self.path)}"
             )
@@ -228,15 +226,15 @@ class Adapter:
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            raise CheckpointError(f"{file}: {key}: {first['msg']}.") from error
+            raise UserError(f"{file}: {key}: {first['msg']}.") from error
         for key, method in _OTHER_METHODS.items():
             if self.config.get(key):
-                raise CheckpointError(
+                raise UserError(
                     f"{file}: {key} is set: {method} is not plain LoRA. {_merge_first(self.path)}"
                 )
         start = settings.init_lora_weights
         if isinstance(start, str) and _REPLACES_BASE.match(start.lower()):
-            raise CheckpointError(
+            raise UserError(
                 f"{file}: init_lora_weights is {start!r}, which changes the base model before "
                 f"training. {_merge_first(self.path)}"
             )
@@ -258,14 +256,14 @@ def read_checkpoint(path: Path) -> Checkpoint | Adapter:
             adapter; or one ``.safetensors`` file.
 
     Raises:
-        CheckpointError: If there is none, or it is incomplete, damaged or quantised.
+        UserError: If there is none, or it is incomplete, damaged or quantised.
     """
     if path.name == _ADAPTER_FILE and (path.parent / _ADAPTER_CONFIG).is_file():
         path = path.parent
     if path.is_file():
         return _checkpoint(path, _read_file(path))
     if not path.is_dir():
-        raise CheckpointError(
+        raise UserError(
             f"{path} does not exist. A model of the hub must be downloaded first: "
             "hf download NAME prints its folder."
         )
@@ -277,13 +275,13 @@ def read_checkpoint(path: Path) -> Checkpoint | Adapter:
         return _checkpoint(path, _read_shards(path))
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
-        raise CheckpointError(_why_no_weights(path, files))
+        raise UserError(_why_no_weights(path, files))
     return _checkpoint(path, _read_header(files[0]))
 
 
 def _read_file(path: Path) -> dict[str, Stored]:
     if path.suffix != ".safetensors":
-        raise CheckpointError(
+        raise UserError(
             f"{path} is not a .safetensors file. Other formats must be converted first: load the "
             "model with Transformers and save it with save_pretrained."
         )
@@ -301,9 +299,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
             size = int.from_bytes(content.read(8), "little")
             header = json.loads(content.read(size))
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is incomplete, damaged or not readable ({error})."
-        ) from error
+        raise UserError(f"{file} is incomplete, damaged or not readable ({error}).") from error
     header.pop("__metadata__", None)
     return {
         name: Stored(file, 8 + size + entry["data_offsets"][0], entry["dtype"], (*entry["shape"],))
@@ -335,16 +331,16 @@ def _read_shards(folder: Path) -> dict[str, Stored]:
     index = folder / _INDEX_FILE
     places = _read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensor names to file names.")
+        raise UserError(f"{index} has no weight_map from tensor names to file names.")
     files = {file: folder / file for file in sorted(set(places.values()))}
     if missing := [file for file, shard in files.items() if not shard.is_file()]:
-        raise CheckpointError(
+        raise UserError(
             f"{folder}: {len(missing)} of {len(files)} shards are missing, first {missing[0]}."
         )
     headers = {file: _read_header(shard) for file, shard in files.items()}
     for name, file in places.items():
         if name not in headers[file]:
-            raise CheckpointError(f"{index} says that {file} holds {name}, but it does not.")
+            raise UserError(f"{index} says that {file} holds {name}, but it does not.")
     return {name: headers[file][name] for name, file in places.items()}
 
 
@@ -352,7 +348,7 @@ def _read_adapter(folder: Path) -> Adapter:
     config = _read_json(folder / _ADAPTER_CONFIG)
     file = folder / _ADAPTER_FILE
     if not file.is_file():
-        raise CheckpointError(
+        raise UserError(
             f"{folder} has an {_ADAPTER_CONFIG} but no {_ADAPTER_FILE}. An adapter in another "
             "format must be loaded with PEFT and saved with save_pretrained."
         )
@@ -364,22 +360,22 @@ def _read_json(file: Path) -> dict[str, object]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}).") from error
+        raise UserError(f"{file} is not valid JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} is not a JSON object.")
+        raise UserError(f"{file} is not a JSON object.")
     return content
 
 
 def _checkpoint(path: Path, tensors: Mapping[str, Stored]) -> Checkpoint:
     for name, stored in tensors.items():
         if stored.dtype not in _FLOATS.keys() | _BUFFERS:
-            raise CheckpointError(
+            raise UserError(
                 f"{path}: {name} is stored as {stored.dtype}: quantised weights have no entries "
                 "to compare. Name a checkpoint in BF16, FP16 or FP32."
             )
     floats = {name: stored for name, stored in tensors.items() if stored.dtype in _FLOATS}
     if not floats:
-        raise CheckpointError(f"{path} holds no floating-point tensor.")
+        raise UserError(f"{path} holds no floating-point tensor.")
     return Checkpoint(path, floats, frozenset(tensors.keys() - floats.keys()))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from axolotl_gmt.errors import UserError
 from axolotl_gmt.names import (
     layer_name,
     model_order,
@@ -27,7 +28,6 @@ from axolotl_gmt.names import (
 from axolotl_gmt.tools.inspect.checkpoint import (
     Adapter,
     Checkpoint,
-    CheckpointError,
     Stored,
     read_checkpoint,
     round_to,
@@ -258,14 +258,14 @@ def compare(
         on_progress: Called with the number of entries compared since the last call, and of all.
 
     Raises:
-        CheckpointError: If one of them cannot be read, or there is nothing to compare.
+        UserError: If one of them cannot be read, or there is nothing to compare.
     """
     before, after = read_checkpoint(base), read_checkpoint(tuned)
     if _files(before) == _files(after):
-        raise CheckpointError(f"{base} and {tuned} are the same files: name two checkpoints.")
+        raise UserError(f"{base} and {tuned} are the same files: name two checkpoints.")
     if not isinstance(after, Adapter):
         if isinstance(before, Adapter):
-            raise CheckpointError(
+            raise UserError(
                 f"{base} is an adapter and {tuned} is not. Name the adapter's base model first."
             )
         return _compare(_Pair(before, after), "weights", on_progress)
@@ -322,14 +322,14 @@ class _AdapterPair(_Pair):
         matrices = {matrix for lora in adapter.loras.values() for matrix in (lora.a, lora.b)}
         self._whole = adapter.matrices.tensors.keys() - matrices
         if missing := [name for name in adapter.loras if name not in base.tensors]:
-            raise CheckpointError(
+            raise UserError(
                 f"{adapter.path} changes {missing[0]}, which {base.path} does not have. Is it the "
                 "adapter's base model? If it is, merge the adapter with axolotl merge-lora and "
                 "name the merged model instead."
             )
         for name in adapter.loras.keys() - self._whole:
             if adapter.shape(name) != base.tensors[name].shape:
-                raise CheckpointError(
+                raise UserError(
                     f"{adapter.path} changes {name} as a weight of shape "
                     f"{list(adapter.shape(name))}, and in {base.path} it has "
                     f"{list(base.tensors[name].shape)}. Is it the adapter's base model?"
@@ -371,14 +371,14 @@ def _compare(
     stored, tuned = pair.base.tensors, sorted(pair.names(), key=model_order)
     shared = [name for name in tuned if name in stored]
     if not shared:
-        raise CheckpointError(
+        raise UserError(
             f"{pair.base.path} and {pair.path} have no tensor name in common, such as "
             f"{min(stored)} and {tuned[0]}."
         )
     same_shape = [name for name in shared if pair.shape(name) == stored[name].shape]
     if not same_shape:
         name = shared[0]
-        raise CheckpointError(
+        raise UserError(
             f"No tensor has the same shape in {pair.base.path} and {pair.path}: {name} is "
             f"{list(stored[name].shape)} and {list(pair.shape(name))}. Is one tuned from the other?"
         )
@@ -461,13 +461,13 @@ def draw_png(comparison: Comparison) -> bytes:
     """A PNG file with heat maps of the changed fraction and of the relative norm of the change.
 
     Raises:
-        CheckpointError: If no tensor is in a layer.
+        UserError: If no tensor is in a layer.
     """
     from axolotl_gmt.report import figures
 
     grid, outside = comparison.grid(), comparison.outside_layers()
     if grid is None:
-        raise CheckpointError(
+        raise UserError(
             "No tensor that was compared is in a numbered layer, so there is no heat map to draw. "
             "Leave out --png."
         )
