@@ -53,7 +53,7 @@ def inspect(base: Path, tuned: Path, png: Path | None, as_json: bool) -> None:
       axolotl gmt inspect quickstart/base quickstart/sft --png changes.png
       axolotl gmt inspect quickstart/base outputs/lora --json | tail -n 1 | jq .total
     """  # noqa: D301
-    from axolotl_gmt.tools.inspect.compare import compare, draw_png
+    from axolotl_gmt.tools.inspect.compare import compare
 
     if png is not None and png.exists():
         raise click.ClickException(f"{png} exists. Name another file, or remove it.")
@@ -76,6 +76,8 @@ def inspect(base: Path, tuned: Path, png: Path | None, as_json: bool) -> None:
         else:
             Console().print(_change_table(comparison))
         if part is not None:
+            from axolotl_gmt.tools.inspect.picture import draw_png
+
             part.write_bytes(draw_png(comparison))
     if png is not None:
         remarks.print(f"Wrote {png}", markup=False)
