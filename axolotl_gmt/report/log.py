@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axolotl_gmt.config import GMTConfig
+from axolotl_gmt.errors import UserError
 from axolotl_gmt.names import model_order, module_type, place, stack_labels
 
 STATE_FILE = "trainer_state.json"
@@ -38,11 +39,7 @@ _LARGEST = 1e30  # A larger number is as good as infinite, and would overflow wh
 Floats = NDArray[np.float64]
 
 
-class LogError(Exception):
-    """A run whose log cannot be read; the message says which file, why, and what to do."""
-
-
-class NothingLoggedError(LogError):
+class NothingLoggedError(UserError):
     """A run that has logged no training step."""
 
 
@@ -203,19 +200,19 @@ def find_state(folder: Path) -> Path:
         folder: The output folder, a checkpoint folder, or the file itself.
 
     Raises:
-        LogError: If there is none.
+        UserError: If there is none.
     """
     if folder.is_file():
         return folder
     if not folder.is_dir():
-        raise LogError(f"{folder} does not exist. Name the output_dir of a run.")
+        raise UserError(f"{folder} does not exist. Name the output_dir of a run.")
     try:
         states = [folder / STATE_FILE, *folder.glob(f"checkpoint-*/{STATE_FILE}")]
         found = [(path.stat().st_mtime, _step_of(path), path) for path in states if path.is_file()]
     except OSError as error:
-        raise LogError(f"{folder} cannot be read: {error.strerror or error}.") from error
+        raise UserError(f"{folder} cannot be read: {error.strerror or error}.") from error
     if not found:
-        raise LogError(
+        raise UserError(
             f"{folder} has no {STATE_FILE}, neither itself nor in a checkpoint-* folder. Name the "
             "output_dir of a run that has ended or has saved a checkpoint."
         )
@@ -226,15 +223,15 @@ def read_log(state_file: Path) -> TrainingLog:
     """The run that a ``trainer_state.json`` is of, named after the folder.
 
     Raises:
-        LogError: If the file cannot be read or is no trainer's state.
+        UserError: If the file cannot be read or is no trainer's state.
     """
     try:
         state = json.loads(state_file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise LogError(f"{state_file} cannot be read: {error.strerror or error}.") from error
+        raise UserError(f"{state_file} cannot be read: {error.strerror or error}.") from error
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
-        raise LogError(
+        raise UserError(
             f"{state_file} is not JSON ({reason}). If the run was killed while it wrote the file, "
             "name an earlier checkpoint folder."
         ) from error
@@ -243,7 +240,7 @@ def read_log(state_file: Path) -> TrainingLog:
     name = f"{folder.parent.name}/{folder.name}" if is_checkpoint else folder.name
     try:
         return parse_state(state, name)
-    except LogError as error:
+    except UserError as error:
         raise type(error)(f"{state_file}: {error}") from None
 
 
@@ -257,11 +254,11 @@ def parse_state(state: object, name: str) -> TrainingLog:
 
     Raises:
         NothingLoggedError: If no training step was logged.
-        LogError: If nothing else is left.
+        UserError: If nothing else is left.
     """
     history = state.get("log_history") if isinstance(state, Mapping) else None
     if not isinstance(state, Mapping) or not isinstance(history, list):
-        raise LogError("there is no log_history, so it is not the state of a trainer.")
+        raise UserError("there is no log_history, so it is not the state of a trainer.")
     entries = [entry for entry in history if isinstance(entry, Mapping)]
     curves = {key: curve for key in CURVES if (curve := _curve(entries, key)) is not None}
     if not curves:
@@ -270,7 +267,7 @@ def parse_state(state: object, name: str) -> TrainingLog:
             "logging_steps."
         )
     if not any(curve.finite.size for curve in curves.values()):
-        raise LogError("every value that was logged is NaN or infinite, so there is none to draw.")
+        raise UserError("every value that was logged is NaN or infinite, so there is none to draw.")
     modules = {key: found for key in STATISTICS if (found := _modules(entries, key)) is not None}
     args, attributes = _record(state)
     optimizer = attributes.get("base_optimizer")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from axolotl_gmt import __version__
+from axolotl_gmt.errors import UserError
 from axolotl_gmt.files import whole
 from axolotl_gmt.report import figures
 from axolotl_gmt.report.log import (
@@ -43,10 +44,6 @@ _LONGEST_LABEL = 44
 # Differences below this are noise; no axis or colour bar spreads them over its whole length.
 _LEAST_SPAN = 0.02
 _FLAT = 0.002
-
-
-class ReportError(Exception):
-    """A report that cannot be written; the message says where, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ def write_report(log: TrainingLog, folder: Path, track: Track = iter) -> list[Pa
         The files that were written, the page first.
 
     Raises:
-        ReportError: If the folder holds something else, or cannot be written.
+        UserError: If the folder holds something else, or cannot be written.
     """
     folder = folder.resolve()
     try:
@@ -89,7 +86,7 @@ def write_report(log: TrainingLog, folder: Path, track: Track = iter) -> list[Pa
                 (part / file).write_bytes(content)
             files = sorted(path.name for path in part.iterdir())
     except OSError as error:
-        raise ReportError(f"{folder} cannot be written: {error.strerror or error}.") from error
+        raise UserError(f"{folder} cannot be written: {error.strerror or error}.") from error
     return [folder / PAGE, *(folder / file for file in files if file != PAGE)]
 
 
@@ -356,11 +353,11 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ReportError(f"{folder} is a file. Name a folder for the report.")
+        raise UserError(f"{folder} is a file. Name a folder for the report.")
     names = {path.name for path in folder.iterdir()}
     foreign = names - set(_own_files())
     if names and (foreign or not _is_own_page(folder / PAGE)):
-        raise ReportError(
+        raise UserError(
             f"{folder} holds {min(foreign or names)}, which is not of a report. Name another "
             "folder, or move it."
         )

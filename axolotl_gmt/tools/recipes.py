@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from axolotl_gmt.errors import UserError
 from axolotl_gmt.files import whole
 
 HEAD = (
@@ -24,10 +25,6 @@ HEAD = (
     "data licence",
 )
 """The keys of a head, in their order: the comment lines that a recipe opens with, as YAML."""
-
-
-class RecipeError(Exception):
-    """A recipe that does not exist, cannot be read or cannot be written, for the user to read."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +59,12 @@ def recipe_names() -> list[str]:
     """The names of all recipes, without ``.yml``, sorted.
 
     Raises:
-        RecipeError: If there are none.
+        UserError: If there are none.
     """
     folder = recipe_folder()
     names = sorted(file.stem for file in folder.glob("*.yml"))
     if not names:
-        raise RecipeError(f"{folder}: no recipes are there. Install axolotl-gmt again.")
+        raise UserError(f"{folder}: no recipes are there. Install axolotl-gmt again.")
     return names
 
 
@@ -75,7 +72,7 @@ def all_recipes() -> list[Recipe]:
     """All recipes, sorted by name.
 
     Raises:
-        RecipeError: If there are none, or one cannot be read.
+        UserError: If there are none, or one cannot be read.
     """
     return [find_recipe(name) for name in recipe_names()]
 
@@ -84,13 +81,13 @@ def find_recipe(name: str) -> Recipe:
     """The recipe of this name, which may end in ``.yml``.
 
     Raises:
-        RecipeError: If there is none, with the nearest names, or it cannot be read.
+        UserError: If there is none, with the nearest names, or it cannot be read.
     """
     names = recipe_names()
     name = name.removesuffix(".yml")
     if name not in names:
         nearest = ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0))
-        raise RecipeError(
+        raise UserError(
             f"{name!r}: there is no such recipe. The nearest are {nearest}; "
             "axolotl gmt recipes lists all."
         )
@@ -98,7 +95,7 @@ def find_recipe(name: str) -> Recipe:
     try:
         return parse_recipe(name, file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"{file}: not a recipe ({error}).") from error
+        raise UserError(f"{file}: not a recipe ({error}).") from error
 
 
 def parse_recipe(name: str, text: str) -> Recipe:
@@ -122,17 +119,17 @@ def write_recipe(recipe: Recipe, file: Path) -> None:
     """Write a recipe into a new file, whole or not at all, with the file's name in its commands.
 
     Raises:
-        RecipeError: If the file exists, or cannot be written.
+        UserError: If the file exists, or cannot be written.
     """
     if file.exists():
-        raise RecipeError(f"{file}: already exists, and is kept. Name another file, or remove it.")
+        raise UserError(f"{file}: already exists, and is kept. Name another file, or remove it.")
     # Its comments have commands to copy. A path of this machine should not end up in a shared file.
     name = file.name if file.is_absolute() else file.as_posix()
     try:
         with whole(file) as part:
             part.write_text(recipe.text.replace(f"{recipe.name}.yml", name), encoding="utf-8")
     except OSError as error:
-        raise RecipeError(f"{file}: cannot be written ({error.strerror}).") from error
+        raise UserError(f"{file}: cannot be written ({error.strerror}).") from error
 
 
 def _head_lines(text: str) -> Iterator[str]:

@@ -13,6 +13,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from axolotl_gmt.errors import UserError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -26,10 +28,6 @@ MAX_NEW_TOKENS = 48
 
 # A minus sign counts unless it follows a word, as in 12-30; commas separate thousands.
 _NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
-
-
-class ScoringError(Exception):
-    """A data set or model that cannot be scored; the message says which, why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
         limit: Read no more than this many problems.
 
     Raises:
-        ScoringError: If the file cannot be read, a line is malformed, or there is no problem.
+        UserError: If the file cannot be read, a line is malformed, or there is no problem.
     """
     problems: list[Problem] = []
     try:
@@ -97,11 +95,11 @@ def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
                 if line.strip():
                     problems.append(_parse_problem(line, f"{path}, line {number}"))
     except OSError as error:
-        raise ScoringError(f"{path} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        raise ScoringError(f"{path} is not UTF-8 text ({error.reason}).") from error
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}).") from error
     if not problems:
-        raise ScoringError(f"{path} contains no problem.")
+        raise UserError(f"{path} contains no problem.")
     return problems
 
 
@@ -109,14 +107,14 @@ def _parse_problem(line: str, place: str) -> Problem:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ScoringError(f"{place}: not valid JSON ({error}).") from error
+        raise UserError(f"{place}: not valid JSON ({error}).") from error
     turns = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(turns, list) or not all(_is_turn(turn) for turn in turns):
-        raise ScoringError(
+        raise UserError(
             f'{place}: needs "messages", a list of turns with a "role" and a "content" in text.'
         )
     if len(turns) < 2 or turns[-1]["role"] != "assistant":
-        raise ScoringError(
+        raise UserError(
             f"{place}: the last of at least two turns must be the right answer, with the role "
             '"assistant".'
         )
@@ -133,23 +131,23 @@ def check_model_folder(folder: Path) -> None:
     """Check that ``folder`` holds a whole model: config, and weights that were written to the end.
 
     Raises:
-        ScoringError: Saying what is missing or broken.
+        UserError: Saying what is missing or broken.
     """
     from safetensors import SafetensorError, safe_open
 
     if not folder.is_dir():
-        raise ScoringError(f"{folder} is not a folder.")
+        raise UserError(f"{folder} is not a folder.")
     if not (folder / "config.json").is_file():
-        raise ScoringError(f"{folder} is not a saved model: it has no config.json.")
+        raise UserError(f"{folder} is not a saved model: it has no config.json.")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        raise ScoringError(f"{folder} has no weights (*.safetensors).")
+        raise UserError(f"{folder} has no weights (*.safetensors).")
     for file in weights:
         try:
             with safe_open(file, framework="pt"):  # Reads the header and compares it to the size.
                 pass
         except (SafetensorError, OSError) as error:
-            raise ScoringError(f"{file} is incomplete or damaged ({error}).") from error
+            raise UserError(f"{file} is incomplete or damaged ({error}).") from error
 
 
 def score_model(
@@ -167,7 +165,7 @@ def score_model(
         on_progress: Called with the number of newly answered problems after each batch.
 
     Raises:
-        ScoringError: If the folder holds no model that can be loaded and asked.
+        UserError: If the folder holds no model that can be loaded and asked.
     """
     model, tokenizer = _load(folder)
     exact = last = 0
@@ -193,9 +191,9 @@ def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     # A damaged folder makes Transformers raise errors of nearly every kind.
     except Exception as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ScoringError(f"{folder} cannot be loaded as a language model: {reason}") from error
+        raise UserError(f"{folder} cannot be loaded as a language model: {reason}") from error
     if tokenizer.chat_template is None:
-        raise ScoringError(f"{folder}: its tokenizer has no chat template to ask questions with.")
+        raise UserError(f"{folder}: its tokenizer has no chat template to ask questions with.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # Every prompt must end where its reply begins.
@@ -215,7 +213,7 @@ def _answer(
             chats, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
         ).to(model.device)
     except TemplateError as error:
-        raise ScoringError(f"The model's chat template refuses these turns: {error}") from error
+        raise UserError(f"The model's chat template refuses these turns: {error}") from error
     tokens = model.generate(
         **prompts,
         max_new_tokens=max_new_tokens,

@@ -21,9 +21,10 @@ from typing import Any
 
 import yaml
 
+from axolotl_gmt.errors import UserError
 from axolotl_gmt.files import whole
 from axolotl_gmt.report.log import KEPT_FRACTION, find_state, read_log
-from axolotl_gmt.tools.quickstart import MODEL_NAME, Folder, QuickstartError, find_gguf, prepare
+from axolotl_gmt.tools.quickstart import MODEL_NAME, Folder, find_gguf, prepare
 from benchmarks.gpu_day.record import Row, write_rows
 from benchmarks.gpu_day.toy_model import write_toy_model
 
@@ -99,7 +100,7 @@ def prepare_folder(parent: Path, device: str) -> tuple[Folder, str]:
             folder = Folder(parent / MODEL_NAME)
             prepare(folder)
             return folder, MODEL_NAME
-        except QuickstartError as error:
+        except UserError as error:
             print(f"A random model takes the place of {MODEL_NAME}: {error}")
     hidden = 512 if device == "cuda" else 64
     folder = Folder(parent / f"random-{hidden}")
@@ -150,7 +151,7 @@ def row_of(name: str, model: str, output: Path, max_steps: int) -> Row:
     """What the log of a finished run says.
 
     Raises:
-        LogError: If there is none.
+        UserError: If there is none.
         ValueError: If a step is missing, or was logged without GMT's statistics.
     """
     log = read_log(find_state(output))

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from axolotl_gmt.tools.quickstart import QuickstartError
+from axolotl_gmt.errors import UserError
 from benchmarks.study.cell import PRELOAD
 from benchmarks.study.data import DataError, write_text
 from benchmarks.study.grid import SIZES
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
             study.prepare(progress.console.print)
             _check_versions(study)
             study.run(runner)
-        except (DataError, QuickstartError) as error:
+        except (DataError, UserError) as error:
             progress.console.print(f"Error: {error}")
             return 2
         except KeyboardInterrupt:

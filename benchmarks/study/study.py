@@ -68,7 +68,7 @@ class Study:
 
         Raises:
             DataError: If the data folder or the output folder cannot be used.
-            quickstart.QuickstartError: If the model's package is missing, or the disk is full.
+            axolotl_gmt.errors.UserError: If the model's package is missing, or the disk is full.
         """
         if self.out.is_dir() and any(self.out.iterdir()) and not self.quickstart.path.is_dir():
             raise DataError(f"{self.out} is not empty and holds no study. Name another --out.")

@@ -18,9 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from axolotl_gmt.cli import gmt
+from axolotl_gmt.errors import UserError
 from axolotl_gmt.tools.inspect import compare as inspection
-from axolotl_gmt.tools.inspect.checkpoint import CheckpointError, round_to
-from axolotl_gmt.tools.inspect.compare import Change, Comparison, compare, draw_png
+from axolotl_gmt.tools.inspect.adapter import adapt, read_adapter
+from axolotl_gmt.tools.inspect.checkpoint import Stored, read_checkpoint
+from axolotl_gmt.tools.inspect.compare import Change, Comparison, compare
+from axolotl_gmt.tools.inspect.merge import merge
+from axolotl_gmt.tools.inspect.picture import draw_png
 
 Tensors = dict[str, Tensor]
 
@@ -153,8 +157,9 @@ def test_rounding_equals_torch_for_every_kind_of_float(dtype: str) -> None:
     halfway = np.arange(0, 1 << 32, 1 << 15, dtype=np.uint32)  # Ties of bfloat16 among them.
     values = np.concatenate([patterns, halfway]).view(np.float32)
     expected = torch.from_numpy(values).to(getattr(torch, to)).double().numpy()
+    stored = {each: Stored(Path(), "", each, values.shape) for each in ("F32", dtype)}
     with np.errstate(invalid="ignore", over="ignore"):
-        rounded = round_to(values, dtype).astype(np.float64)
+        rounded = inspection._converted(values, stored["F32"], stored[dtype]).astype(np.float64)
     np.testing.assert_array_equal(rounded, expected)
 
 
@@ -216,11 +221,9 @@ def test_figures_add_up_over_modules_and_layers(tmp_path: Path) -> None:
         (result.tensors[f"model.layers.1.self_attn.q_proj.{part}"] for part in ("weight", "bias")),
         Change(),
     )
-    grid = result.grid()
-    assert grid is not None
-    cell = grid.rows.index("self_attn.q_proj"), grid.columns.index(1)
-    assert grid.changed_fraction[cell] == q_proj.changed / 42
-    assert grid.relative_norm[cell] == pytest.approx(q_proj.relative_norm)
+    cell = result.by_module_and_layer()["self_attn.q_proj", 1]
+    assert cell.changed_fraction == q_proj.changed / 42
+    assert cell.relative_norm == pytest.approx(q_proj.relative_norm)
 
 
 def compared(tmp_path: Path, names: list[str]) -> Comparison:
@@ -233,11 +236,10 @@ def test_experts_are_one_module_type_and_layers_without_them_stay_empty(tmp_path
     result = compared(tmp_path, [*experts, "model.layers.9.mlp.up_proj.weight"])
     assert result.by_module()["mlp.experts.*.up_proj"].entries == 6
     assert list(result.by_layer()) == ["9", "10"]
-    grid = result.grid()
-    assert grid is not None
-    assert np.isnan(grid.changed_fraction).tolist() == [
-        [row != "mlp.up_proj", row == "mlp.up_proj"] for row in grid.rows
-    ]
+    assert result.by_module_and_layer().keys() == {
+        ("mlp.experts.*.up_proj", 10),
+        ("mlp.up_proj", 9),
+    }
 
 
 def test_stacks_of_layers_are_told_apart(tmp_path: Path) -> None:
@@ -279,13 +281,27 @@ ADAPTERS: dict[str, dict[str, Any]] = {
         "modules_to_save": ["lm_head"],
     },
     "fan_in_fan_out": {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
+    "DoRA": {"target_modules": ["q_proj", "down_proj", "embed_tokens"], "use_dora": True},
+    "DoRA fan_in_fan_out": {"target_modules": ["c_attn"], "fan_in_fan_out": True, "use_dora": True},
+    "bias": {"target_modules": ["c_attn"], "fan_in_fan_out": True, "lora_bias": True},
+    "some layers": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]},
+    "PiSSA": {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+    "LoHa": {"method": "LOHA", "target_modules": ["q_proj", "up_proj"]},
+    "LoKr": {"method": "LOKR", "target_modules": ["q_proj", "up_proj"]},
+    "OFT": {"method": "OFT", "target_modules": ["q_proj", "up_proj"], "oft_block_size": 4},
+    "IA3": {
+        "method": "IA3",
+        "target_modules": ["k_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    },
 }
 
 
 def base_model(folder: Path, adapter: str, toy_model: Path) -> Path:
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-    if adapter == "fan_in_fan_out":
+    if "c_attn" in ADAPTERS[adapter]["target_modules"]:
         config = GPT2Config(vocab_size=20, n_positions=8, n_embd=8, n_layer=2, n_head=2)
         model = GPT2LMHeadModel(config)
     else:
@@ -296,12 +312,16 @@ def base_model(folder: Path, adapter: str, toy_model: Path) -> Path:
     return folder
 
 
-def lora(base: Path, folder: Path, seed: int = 1, **settings: Any) -> tuple[Path, Path]:
+def save_adapter(
+    base: Path, folder: Path, seed: int = 1, method: str = "LORA", **settings: Any
+) -> tuple[Path, Path]:
     """Folders of an adapter of ``base`` and of both merged."""
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftConfig, PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    config = LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)
+    if method == "LORA":
+        settings |= {"r": 4, "lora_alpha": 8}
+    config = PeftConfig.from_peft_type(peft_type=method, task_type="CAUSAL_LM", **settings)
     load = partial(AutoModelForCausalLM.from_pretrained, base, dtype=torch.float32)
     model = get_peft_model(load(), config)
     trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
@@ -315,22 +335,37 @@ def lora(base: Path, folder: Path, seed: int = 1, **settings: Any) -> tuple[Path
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_changes_what_pefts_merge_changes(
-    name: str, toy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_adapter_is_merged_layer_by_layer_as_peft_merges_it_whole(
+    name: str, toy_model: Path, tmp_path: Path
 ) -> None:
     base = base_model(tmp_path / "base", name, toy_model)
-    adapter, merged = lora(base, tmp_path, **ADAPTERS[name])
-    monkeypatch.setattr(inspection, "_WINDOW_ENTRIES", 100)
-    result = compare(base, adapter)
-    assert 0 < result.total.changed < result.total.entries
-    assert result.compared == "weights and an adapter"
-    assert result.only_in_tuned == result.only_in_base == []
-    assert result.tensors == compare(base, merged).tensors
+    adapter, merged = save_adapter(base, tmp_path, **ADAPTERS[name])
+    model, expected = adapt(read_checkpoint(base), read_adapter(adapter)), read_checkpoint(merged)
+    assert model.tensors.keys() == expected.tensors.keys()
+    for tensor in model.tensors:
+        layer, values = tensor.rpartition(".")[0], model.unmerged(tensor)
+        if layer in model.layers:
+            values = merge(model, layer).get_parameter(tensor).flatten().numpy()
+        np.testing.assert_array_equal(values, expected.read(tensor), tensor)
+
+
+def test_an_adapter_is_compared_by_what_it_changes(toy_model: Path, tmp_path: Path) -> None:
+    name = "embedding and whole modules"
+    base = base_model(tmp_path / "base", name, toy_model)
+    adapter, merged = save_adapter(base, tmp_path, **ADAPTERS[name])
+    result = run(base, adapter / "adapter_model.safetensors", "--json")
+    assert result.stderr.strip() == ""
+    found, expected = json.loads(result.stdout), compare(base, merged).as_dict()
+    assert 0 < found["total"]["changed"] < found["total"]["entries"]
+    assert found["compared"] == "weights and an adapter"
+    for key in ("total", "tensors", "only_in_base", "only_in_tuned"):
+        assert found[key] == expected[key], key
 
 
 def test_two_adapters_are_compared_by_their_own_matrices(toy_model: Path, tmp_path: Path) -> None:
     first, second = (
-        lora(toy_model, tmp_path / str(seed), seed, target_modules=["q_proj"])[0] for seed in (1, 2)
+        save_adapter(toy_model, tmp_path / str(seed), seed, target_modules=["q_proj"])[0]
+        for seed in (1, 2)
     )
     result = compare(first, second)
     before, after = (load_file(file / "adapter_model.safetensors") for file in (first, second))
@@ -355,7 +390,7 @@ def fake_adapter(folder: Path, tensors: Tensors | None = None, **config: object)
     save(folder, {})
     (folder / "model.safetensors").unlink()
     save_file(tensors or weights, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "lora_alpha": 4, **config}
+    settings = {"peft_type": "LORA", "lora_alpha": 4, "r": 2, **config}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
 
@@ -419,38 +454,9 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "no floats": (lambda path: save(path, {"ids": torch.arange(3)}), "no floating-point tensor"),
     "another model": (lambda path: save(path, {"w": torch.ones(1)}), "no tensor name in common"),
-    "IA3": (lambda path: fake_adapter(path, peft_type="IA3"), "peft_type is 'IA3'.*merge-lora"),
-    "DoRA": (lambda path: fake_adapter(path, use_dora=True), "use_dora is set: DoRA"),
-    "PiSSA": (
-        lambda path: fake_adapter(path, init_lora_weights="pissa_niter_4"),
-        "init_lora_weights is 'pissa_niter_4'",
-    ),
-    "alpha": (lambda path: fake_adapter(path, lora_alpha="big"), "lora_alpha: .*valid number"),
-    "pattern": (lambda path: fake_adapter(path, alpha_pattern={"(": 1}), "alpha_pattern"),
-    "flag": (lambda path: fake_adapter(path, alpha_pattern={"(?i)x": 1}), "alpha_pattern"),
-    "magnitudes": (
-        lambda path: fake_adapter(path, {f"{Q_PROJ}.lora_magnitude_vector": torch.ones(6)}),
-        "lora_magnitude_vector is not part of plain LoRA",
-    ),
-    "half a pair": (
-        lambda path: fake_adapter(path, {f"{Q_PROJ}.lora_A.weight": torch.ones(2, 6)}),
-        "has one LoRA matrix of its two",
-    ),
-    "not gathered": (
-        lambda path: fake_adapter(
-            path, {f"{Q_PROJ}.lora_{matrix}.weight": torch.ones(0) for matrix in "AB"}
-        ),
-        "ZeRO-3 or FSDP without gathering",
-    ),
-    "adapter of a larger model": (
-        lambda path: fake_adapter(
-            path,
-            {
-                f"{Q_PROJ}.lora_A.weight": torch.ones(2, 8),
-                f"{Q_PROJ}.lora_B.weight": torch.ones(8, 2),
-            },
-        ),
-        r"shape \[8, 8\], and in .* it has \[6, 6\]",
+    "replicated layers": (
+        lambda path: fake_adapter(path, layer_replication=[[0, 2], [1, 3]]),
+        "layer_replication is set.*merge-lora",
     ),
     "adapter of another model": (
         lambda path: fake_adapter(
@@ -460,7 +466,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
                 "base_model.model.w.lora_B.weight": torch.ones(8, 2),
             },
         ),
-        "changes w.weight, which .* does not have",
+        "has w.lora_A.weight, and .* has no weight that it could change",
     ),
     "adapter without weights": (
         lambda path: write(path / "adapter_config.json", "{}"),
@@ -475,7 +481,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(
 ) -> None:
     make, message = case
     base, after = save(tmp_path / "base", small_model()), make(tmp_path / "tuned")
-    with pytest.raises(CheckpointError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         compare(base, after)
     assert "\n" not in str(caught.value)
     result = run(base, after)
@@ -484,15 +490,84 @@ def test_what_cannot_be_read_is_refused_in_one_line(
     assert result.stdout == ""
 
 
+NOT_MERGED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "no method": (lambda path: fake_adapter(path, peft_type=None), "peft_type is 'None'"),
+    "unknown method": (lambda path: fake_adapter(path, peft_type="X"), "peft_type is 'X', which"),
+    "VeRA": (lambda path: fake_adapter(path, peft_type="VERA"), "VERA.*each weight by itself"),
+    "prompts": (
+        lambda path: fake_adapter(path, peft_type="PROMPT_TUNING"),
+        "PROMPT_TUNING.*each weight by itself",
+    ),
+    "DoRA": (lambda path: fake_adapter(path, use_dora=True), "lora_magnitude_vector"),
+    "activated LoRA": (
+        lambda path: fake_adapter(path, alora_invocation_tokens=[1]),
+        "aLoRA does not support merging",
+    ),
+    "Megatron": (
+        lambda path: fake_adapter(path, megatron_config={}, megatron_core="os", r=3),
+        r"q_proj has \{'lora_A.weight': \[2, 6\].* be \{'lora_A.weight': \[3, 6\]",
+    ),
+    "alpha": (lambda path: fake_adapter(path, lora_alpha="big"), "unsupported operand"),
+    "pattern": (lambda path: fake_adapter(path, alpha_pattern={"(": 1}), "unterminated subpattern"),
+    "magnitudes": (
+        lambda path: fake_adapter(path, {f"{Q_PROJ}.lora_magnitude_vector": torch.ones(6)}),
+        r"q_proj has \{'lora_magnitude_vector': \[6\]\}, which would be \{'lora_A",
+    ),
+    "half a pair": (
+        lambda path: fake_adapter(path, {f"{Q_PROJ}.lora_A.weight": torch.ones(2, 6)}),
+        r"q_proj has \{'lora_A.weight': \[2, 6\]\}, which would be .*'lora_B.weight'",
+    ),
+    "not gathered": (
+        lambda path: fake_adapter(
+            path, {f"{Q_PROJ}.lora_{matrix}.weight": torch.ones(0) for matrix in "AB"}
+        ),
+        r"'lora_A.weight': \[0\].* would be",
+    ),
+    "adapter of a larger model": (
+        lambda path: fake_adapter(
+            path,
+            {
+                f"{Q_PROJ}.lora_A.weight": torch.ones(2, 8),
+                f"{Q_PROJ}.lora_B.weight": torch.ones(8, 2),
+            },
+        ),
+        r"'lora_A.weight': \[2, 8\].* would be .*\[2, 6\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_MERGED.values(), ids=NOT_MERGED.keys())
+def test_peft_says_which_adapters_it_cannot_merge(
+    case: tuple[Callable[[Path], Path], str], tmp_path: Path
+) -> None:
+    make, message = case
+    base, adapter = save(tmp_path / "base", small_model()), make(tmp_path / "tuned")
+    model = adapt(read_checkpoint(base), read_adapter(adapter))
+    with pytest.raises(Exception, match=message):
+        merge(model, "model.layers.0.self_attn.q_proj")
+
+
+def test_an_adapter_that_is_not_merged_is_refused_in_one_line(tmp_path: Path) -> None:
+    base = save(tmp_path / "base", small_model())
+    adapter = fake_adapter(tmp_path / "tuned", alora_invocation_tokens=[1])
+    result = run(base, adapter)
+    assert result.exit_code == 1
+    assert result.stderr.strip() == (
+        f"Error: PEFT cannot merge {adapter} layer by layer: NotImplementedError: aLoRA does not "
+        f"support merging. Merge {adapter} into its base, with axolotl merge-lora, and name the "
+        "merged model instead."
+    )
+
+
 def test_the_same_files_are_not_compared_with_themselves(tmp_path: Path) -> None:
     base = save(tmp_path / "base", small_model())
-    with pytest.raises(CheckpointError, match="are the same files"):
+    with pytest.raises(UserError, match="are the same files"):
         compare(base, base / "model.safetensors")
 
 
 def test_an_adapter_as_base_of_a_whole_model_is_refused(tmp_path: Path) -> None:
     after = save(tmp_path / "tuned", small_model())
-    with pytest.raises(CheckpointError, match=r"Name the adapter's base model first"):
+    with pytest.raises(UserError, match=r"Name the adapter's base model first"):
         compare(fake_adapter(tmp_path / "adapter"), after)
 
 

@@ -15,8 +15,9 @@ import yaml
 from click.testing import CliRunner
 
 from axolotl_gmt.cli import gmt
+from axolotl_gmt.errors import UserError
 from axolotl_gmt.tools import recipes
-from axolotl_gmt.tools.recipes import HEAD, RecipeError
+from axolotl_gmt.tools.recipes import HEAD
 from tests.conftest import RunAxolotl
 
 RECIPES = {recipe.name: recipe for recipe in recipes.all_recipes()}
@@ -417,7 +418,7 @@ def test_an_installation_without_recipes_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recipes, "recipe_folder", lambda: tmp_path)
-    with pytest.raises(RecipeError, match=f"{tmp_path}: no recipes are there"):
+    with pytest.raises(UserError, match=f"{tmp_path}: no recipes are there"):
         recipes.all_recipes()
 
 

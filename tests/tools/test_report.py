@@ -23,16 +23,16 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from axolotl_gmt.cli import gmt
+from axolotl_gmt.errors import UserError
 from axolotl_gmt.report import page as report_module
 from axolotl_gmt.report.log import (
     GRAD_NORM_KEPT,
     KEPT_FRACTION,
-    LogError,
     TrainingLog,
     find_state,
     parse_state,
 )
-from axolotl_gmt.report.page import FOLDER, PAGE, ReportError, facts, write_report
+from axolotl_gmt.report.page import FOLDER, PAGE, facts, write_report
 
 KINDS = ("self_attn.q_proj", "mlp.down_proj")
 HOSTILE = "</title><script>alert(1)</script>$\\frac{[red]\x07\ud800"
@@ -453,10 +453,10 @@ def test_nothing_but_a_report_is_written_over(
         shutil.rmtree(folder)
         folder.mkdir()
     (folder / kept).write_text("mine")
-    with pytest.raises(ReportError, match="Name another folder"):
+    with pytest.raises(UserError, match="Name another folder"):
         write_report(small_log, folder)
     assert (folder / kept).read_text() == "mine"
-    with pytest.raises(ReportError, match="is a file"):
+    with pytest.raises(UserError, match="is a file"):
         write_report(small_log, folder / kept)
 
 
@@ -471,7 +471,7 @@ def test_a_failure_leaves_the_older_report_and_no_rest(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", no_space)
-    with pytest.raises(ReportError, match=r"gmt_report cannot be written: No space left"):
+    with pytest.raises(UserError, match=r"gmt_report cannot be written: No space left"):
         write_report(parse_state(training_state(2), "new"), folder)
     assert page.read_bytes() == before
     assert list(tmp_path.iterdir()) == [folder]
@@ -530,7 +530,7 @@ states = st.fixed_dictionaries(
 def test_any_json_gives_a_log_or_an_error(state: object) -> None:
     try:
         log = parse_state(json.loads(json.dumps(state)), "run")
-    except LogError:
+    except UserError:
         return
     assert facts(log)
     json.dumps(log.as_dict(), allow_nan=False)

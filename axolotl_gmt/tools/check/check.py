@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import yaml
 
+from axolotl_gmt.errors import UserError
 from axolotl_gmt.tools.check import sharing
 
 if TYPE_CHECKING:
@@ -34,10 +35,6 @@ MAX_NODES = 100_000
 MAX_DIGITS = 100
 # Of a message; those of Axolotl can quote whole values.
 MAX_LINE = 2_000
-
-
-class UnreadableError(Exception):
-    """A file that holds no config; the message says why in one line."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,7 @@ def check(path: Path, gpus: int | None = None, private: bool = False) -> Report:
     try:
         text = _read(path)
         raw, report.warnings = _parse(text)
-    except UnreadableError as error:
+    except UserError as error:
         report.readable = False
         report.errors.append(str(error))
     else:
@@ -150,13 +147,13 @@ def _read(path: Path) -> str:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UnreadableError(f"cannot be read: {error.strerror}.") from error
+        raise UserError(f"cannot be read: {error.strerror}.") from error
     if len(content) > MAX_BYTES:
-        raise UnreadableError(f"has more than {MAX_BYTES:,} bytes, too many for a config.")
+        raise UserError(f"has more than {MAX_BYTES:,} bytes, too many for a config.")
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UnreadableError(
+        raise UserError(
             f"is not UTF-8 text ({error.reason} at byte {error.start}), so no YAML."
         ) from error
 
@@ -165,38 +162,36 @@ def _parse(text: str) -> tuple[dict[str, object], list[str]]:
     """The config in ``text``, and a warning for each key that is given twice.
 
     Raises:
-        UnreadableError: If it is not a YAML mapping with keys in text.
+        UserError: If it is not a YAML mapping with keys in text.
     """
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         nodes = _nodes(root)
         if len(nodes) > MAX_NODES:
-            raise UnreadableError(
+            raise UserError(
                 f"has more than {MAX_NODES:,} values with aliases written out, or contains itself."
             )
         for node in nodes:
             if node.tag == "tag:yaml.org,2002:int" and len(node.value) > MAX_DIGITS:
                 line = node.start_mark.line + 1
-                raise UnreadableError(
-                    f"has a number of more than {MAX_DIGITS} digits in line {line}."
-                )
+                raise UserError(f"has a number of more than {MAX_DIGITS} digits in line {line}.")
         raw = yaml.safe_load(text)
     except RecursionError as error:
-        raise UnreadableError("is nested too deeply to be a config.") from error
+        raise UserError("is nested too deeply to be a config.") from error
     except yaml.MarkedYAMLError as error:
         place = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UnreadableError(f"is not valid YAML{place}: {error.problem}.") from error
-    except UnreadableError:
+        raise UserError(f"is not valid YAML{place}: {error.problem}.") from error
+    except UserError:
         raise
     # PyYAML lets errors of many kinds out of values such as the date 2024-99-99.
     except Exception as error:
-        raise UnreadableError(f"is not valid YAML: {error}") from error
+        raise UserError(f"is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         kind = "nothing" if raw is None else f"a {type(raw).__name__}"
-        raise UnreadableError(f"holds {kind}, not keys and values such as 'base_model: ...'.")
+        raise UserError(f"holds {kind}, not keys and values such as 'base_model: ...'.")
     for key in raw:
         if not isinstance(key, str):
-            raise UnreadableError(f"has the key {key!r}, which is not text. Put it in quotes.")
+            raise UserError(f"has the key {key!r}, which is not text. Put it in quotes.")
     # An alias brings the same node again.
     return raw, list(dict.fromkeys(line for node in nodes for line in _duplicates(node)))
 

@@ -1,314 +1,196 @@
-"""Saved weights, read a few rows at a time: whole models and PEFT's LoRA adapters in safetensors.
+"""Saved weights in safetensors, read a few entries at a time without torch.
 
-Knows files and their tensors, nothing of how two checkpoints are compared. Numpy alone reads them:
-importing torch takes more memory than all the rest, and safe_open either maps what it reads into
-memory or reads whole tensors.
+Knows files and their tensors, nothing of how two checkpoints are compared.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ValidationError
 
-# Safetensors' dtypes and how numpy reads them; it has no bfloat16.
-_FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-_BUFFERS = frozenset({"I64", "BOOL"})  # Position ids and counters; quantised weights use others.
+from axolotl_gmt.errors import UserError
+
+# Safetensors' floats that are weights; the others hold quantised weights.
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+_BUFFERS = frozenset({"I64", "BOOL"})  # Position ids and counters.
 
 _SINGLE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-_ADAPTER_CONFIG, _ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
-
-# What PEFT's wrappers add to the name of a parameter.
-_WRAPPER = re.compile(
-    r"^base_model\.model\.|\.base_layer(?=\.)|\.modules_to_save(\.default)?(?=\.)"
-)
-_LORA = re.compile(r"^(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<matrix>[AB])(\.weight)?$")
-# Settings under which the change of a weight is not scale * B @ A.
-_OTHER_METHODS = {
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "BD-LoRA",
-    "kasa_config": "KaSA",
-    "monteclora_config": "MonteCLoRA",
-    "arrow_config": "Arrow",
-    "alora_invocation_tokens": "activated LoRA",
-    "lora_bias": "LoRA with a bias",
-    "layer_replication": "replicated layers",
-    "target_parameters": "LoRA on parameters",
-    "trainable_token_indices": "trainable tokens",
-}
-# These start from another base: what they take out of it is not in the adapter.
-_REPLACES_BASE = re.compile("pissa|olora|corda|loftq|lora_ga")
+_MAPPED_BYTES = 1 << 24
 
 
-class CheckpointError(Exception):
-    """Weights that cannot be read or compared; the message says which, why, and what to do."""
+type Reader = Callable[[str, int, int], np.ndarray]
+"""Reads the entries of the tensor of a name from start to stop, exclusive, as if laid out flat."""
 
 
 class Stored(NamedTuple):
-    """Where a tensor is, its dtype in safetensors' words (``BF16``), and its shape."""
+    """A tensor's file, its name there, its dtype in safetensors' words, and its shape."""
 
     file: Path
-    offset: int
+    key: str
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def entries(self) -> int:
-        """How many numbers it holds."""
+        """The number of entries."""
         return math.prod(self.shape)
 
     @property
-    def columns(self) -> int:
-        """Of the tensor seen as a matrix: its last dimension, and 1 if it is a vector."""
-        return self.shape[-1] if len(self.shape) > 1 else 1
+    def computed(self) -> np.dtype[Any]:
+        """The dtype to compute in: float64 if that is the tensor's, else float32."""
+        return np.promote_types(np.float32, FLOATS[self.dtype])
+
+
+@dataclass
+class _MappedFile:
+    """An open file. What is read of it counts as memory of this process until it is closed."""
+
+    path: Path | None = None
+    tensors: Any = None
+    bytes_read: int = 0
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The floating-point tensors of one checkpoint by name, and the names of its other tensors."""
+    """The floating-point tensors of one checkpoint by name, and the names of its other tensors.
+
+    A tied weight is stored, and therefore listed, under one of its names only.
+    """
 
     path: Path
     tensors: Mapping[str, Stored]
     buffers: frozenset[str]
+    _mapped: _MappedFile = field(default_factory=_MappedFile, compare=False, repr=False)
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows of a tensor, seen as a matrix of shape [entries / columns, columns].
+    def reader(self, _: Sequence[str]) -> AbstractContextManager[Reader]:
+        """What reads the entries of tensors."""
+        return nullcontext(self.read)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The entries from ``start`` to ``stop``, exclusive, of a tensor laid out flat.
 
         Returns:
             Float64 if that is the tensor's dtype, else float32, which holds the others exactly.
-        """
-        stored = self.tensors[name]
-        count = stored.entries if stop is None else (stop - start) * stored.columns
-        dtype = np.dtype(_FLOATS[stored.dtype])
-        offset = stored.offset + start * stored.columns * dtype.itemsize
-        try:
-            raw = np.fromfile(stored.file, dtype, count, offset=offset)
-        except OSError as error:
-            raise CheckpointError(f"{stored.file} cannot be read: {error.strerror}.") from error
-        if raw.size < count:
-            raise CheckpointError(f"{stored.file} became shorter while it was read.")
-        if stored.dtype == "BF16":  # The upper half of a float32.
-            raw = (raw.astype(np.uint32) << 16).view(np.float32)
-        precise = np.promote_types(raw.dtype, np.float32)
-        return raw.astype(precise, copy=False).reshape(-1, stored.columns)
-
-
-def round_to(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Round float32 or float64 to the numbers of one of safetensors' dtypes, ties to even.
-
-    What is too large becomes infinite, as it does in torch; numpy may warn of it.
-
-    Returns:
-        Float64 if that is ``dtype``, else float32.
-    """
-    if dtype == "F64":
-        return values.astype(np.float64)
-    values = values.astype(np.float16 if dtype == "F16" else np.float32).astype(np.float32)
-    if dtype != "BF16":
-        return values
-    bits = values.view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return np.where(np.isnan(values), values, rounded.view(np.float32))
-
-
-# PEFT's rule: a pattern is a regular expression for the end of the module's path.
-_EndOfPath = Annotated[
-    re.Pattern[str],
-    BeforeValidator(lambda text: rf"(.*\.)?({text})$" if isinstance(text, str) else text),
-]
-
-
-class _LoraSettings(BaseModel):
-    """The part of adapter_config.json that says how large the change of a weight is."""
-
-    peft_type: str
-    lora_alpha: float
-    use_rslora: bool = False
-    fan_in_fan_out: bool = False
-    alpha_pattern: dict[_EndOfPath, float] = {}
-    init_lora_weights: bool | str | None = True
-
-
-class Lora(NamedTuple):
-    """The two matrices that change one weight by scale * B @ A, or by its transpose."""
-
-    a: str
-    b: str
-    scale: float
-    transposed: bool
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter: its own tensors, under the names of the model's parameters, and its config.
-
-    Modules that were saved whole (``modules_to_save``) are tensors beside the LoRA matrices.
-    """
-
-    matrices: Checkpoint
-    config: dict[str, object]
-
-    @property
-    def path(self) -> Path:
-        """The adapter's folder."""
-        return self.matrices.path
-
-    @cached_property
-    def loras(self) -> dict[str, Lora]:
-        """The LoRA matrices of each weight that has some, by the weight's name.
 
         Raises:
-            CheckpointError: If the adapter's method is not LoRA as Hu et al. wrote it.
+            UserError: If the file cannot be read any more.
         """
-        settings = self._settings()
-        pairs: dict[str, dict[str, re.Match[str]]] = {}
-        for name in self.matrices.tensors:
-            if match := _LORA.match(name):
-                pairs.setdefault(match["module"], {})[match["matrix"]] = match
-            elif ".lora_" in name or ".token_adapter." in name:
-                raise CheckpointError(
-                    f"{self.path}: {name} is not part of plain LoRA. {_merge_first(self.path)}"
-                )
-        loras = {}
-        for module, pair in pairs.items():
-            if len(pair) != 2:
-                raise CheckpointError(f"{self.path}: {module} has one LoRA matrix of its two.")
-            loras[f"{module}.weight"] = self._lora(module, pair["A"], pair["B"], settings)
-        return loras
-
-    def _lora(
-        self, module: str, a: re.Match[str], b: re.Match[str], settings: _LoraSettings
-    ) -> Lora:
-        shapes = [self.matrices.tensors[match.string].shape for match in (a, b)]
-        if [len(shape) for shape in shapes] != [2, 2] or not 0 < shapes[0][0] == shapes[1][1]:
-            raise CheckpointError(
-                f"{self.path}: the LoRA matrices of {module} have the shapes {list(shapes[0])} and "
-                f"{list(shapes[1])}, not [r, in] and [out, r]. Adapters saved under DeepSpeed "
-                "ZeRO-3 or FSDP without gathering their shards look like this."
-            )
-        rank = shapes[0][0]
-        patterns = (
-            alpha for pattern, alpha in settings.alpha_pattern.items() if pattern.match(module)
-        )
-        alpha = next(patterns, settings.lora_alpha)
-        scale = alpha / (math.sqrt(rank) if settings.use_rslora else rank)
-        return Lora(a.string, b.string, scale, settings.fan_in_fan_out or bool(a["embedding"]))
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of the weight that a pair of LoRA matrices changes."""
-        lora = self.loras[name]
-        shape = self.matrices.tensors[lora.b].shape[0], self.matrices.tensors[lora.a].shape[1]
-        return shape[::-1] if lora.transposed else shape
-
-    def factors(self, name: str) -> tuple[np.ndarray, np.ndarray, float]:
-        """Two matrices in float32 and a scale: their scaled product is the change of a weight."""
-        lora = self.loras[name]
-        a, b = self.matrices.rows(lora.a), self.matrices.rows(lora.b)
-        return (a.T, b.T, lora.scale) if lora.transposed else (b, a, lora.scale)
-
-    def _settings(self) -> _LoraSettings:
-        file = self.path / _ADAPTER_CONFIG
-        peft_type = self.config.get("peft_type")
-        if peft_type != "LORA":
-            raise CheckpointError(
-                f"{file}: peft_type is {peft_type!r}, and only LORA can be added to a base "
-                f"entry by entry. {_merge_first(self.path)}"
-            )
+        stored = self.tensors[name]
+        stop = stored.entries if stop is None else stop
+        if start >= stop:
+            return np.empty(0, stored.computed)
+        mapped = self._mapped
+        if mapped.path != stored.file or mapped.bytes_read > _MAPPED_BYTES:
+            mapped.path, mapped.tensors, mapped.bytes_read = stored.file, None, 0
+            mapped.tensors = _open(stored.file)
         try:
-            settings = _LoraSettings.model_validate(self.config)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(map(str, first["loc"]))
-            raise CheckpointError(f"{file}: {key}: {first['msg']}.") from error
-        for key, method in _OTHER_METHODS.items():
-            if self.config.get(key):
-                raise CheckpointError(
-                    f"{file}: {key} is set: {method} is not plain LoRA. {_merge_first(self.path)}"
-                )
-        start = settings.init_lora_weights
-        if isinstance(start, str) and _REPLACES_BASE.match(start.lower()):
-            raise CheckpointError(
-                f"{file}: init_lora_weights is {start!r}, which changes the base model before "
-                f"training. {_merge_first(self.path)}"
-            )
-        return settings
+            tensor = mapped.tensors.get_slice(stored.key)
+            pieces = [tensor[index].reshape(-1) for index in _indices(stored.shape, start, stop)]
+        except Exception as error:
+            raise UserError(f"{stored.file} changed while it was read ({error}).") from error
+        values: np.ndarray = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+        mapped.bytes_read += values.nbytes
+        return values.astype(stored.computed, copy=False)
 
 
-def _merge_first(adapter: Path) -> str:
-    return (
-        f"Merge {adapter} into its base, with axolotl merge-lora, and name the merged model "
-        "instead."
-    )
+def _indices(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[int | slice, ...]]:
+    """Indices of a tensor whose parts, one after the other, are its flat entries start to stop."""
+    if not shape:
+        yield ()
+        return
+    row = math.prod(shape[1:])
+    (first, head), (last, tail) = divmod(start, row), divmod(stop, row)
+    if first == last:
+        yield from ((first, *index) for index in _indices(shape[1:], head, tail))
+        return
+    if head:
+        yield from ((first, *index) for index in _indices(shape[1:], head, row))
+        first += 1
+    if first < last:
+        yield (slice(first, last),)
+    if tail:
+        yield from ((last, *index) for index in _indices(shape[1:], 0, tail))
 
 
-def read_checkpoint(path: Path) -> Checkpoint | Adapter:
+def read_checkpoint(path: Path) -> Checkpoint:
     """Read which tensors a checkpoint holds, but not yet the tensors.
 
     Args:
-        path: A folder with ``model.safetensors``, with shards and their index, or with a PEFT
-            adapter; or one ``.safetensors`` file.
+        path: A folder with ``model.safetensors`` or with shards and their index; or one
+            ``.safetensors`` file.
 
     Raises:
-        CheckpointError: If there is none, or it is incomplete, damaged or quantised.
+        UserError: If there is none, or it is incomplete, damaged or quantised.
     """
-    if path.name == _ADAPTER_FILE and (path.parent / _ADAPTER_CONFIG).is_file():
-        path = path.parent
     if path.is_file():
-        return _checkpoint(path, _read_file(path))
+        if path.suffix != ".safetensors":
+            raise UserError(
+                f"{path} is not a .safetensors file. Other formats must be converted first: load "
+                "the model with Transformers and save it with save_pretrained."
+            )
+        return checkpoint_of(path, read_header(path))
     if not path.is_dir():
-        raise CheckpointError(
+        raise UserError(
             f"{path} does not exist. A model of the hub must be downloaded first: "
             "hf download NAME prints its folder."
         )
-    if (path / _ADAPTER_CONFIG).is_file():
-        return _read_adapter(path)
     if (path / _SINGLE_FILE).is_file():
-        return _checkpoint(path, _read_header(path / _SINGLE_FILE))
+        return checkpoint_of(path, read_header(path / _SINGLE_FILE))
     if (path / _INDEX_FILE).is_file():
-        return _checkpoint(path, _read_shards(path))
+        return checkpoint_of(path, _read_shards(path))
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
-        raise CheckpointError(_why_no_weights(path, files))
-    return _checkpoint(path, _read_header(files[0]))
+        raise UserError(_why_no_weights(path, files))
+    return checkpoint_of(path, read_header(files[0]))
 
 
-def _read_file(path: Path) -> dict[str, Stored]:
-    if path.suffix != ".safetensors":
-        raise CheckpointError(
-            f"{path} is not a .safetensors file. Other formats must be converted first: load the "
-            "model with Transformers and save it with save_pretrained."
-        )
-    return _read_header(path)
+def checkpoint_of(path: Path, tensors: Mapping[str, Stored]) -> Checkpoint:
+    """A checkpoint of these tensors, if none is quantised and some are weights.
+
+    Raises:
+        UserError: If there is nothing to compare.
+    """
+    for name, stored in tensors.items():
+        if stored.dtype not in FLOATS.keys() | _BUFFERS:
+            raise UserError(
+                f"{path}: {name} is stored as {stored.dtype}: quantised weights have no entries "
+                "to compare. Name a checkpoint in BF16, FP16 or FP32."
+            )
+    floats = {name: stored for name, stored in tensors.items() if stored.dtype in FLOATS}
+    if not floats:
+        raise UserError(f"{path} holds no floating-point tensor.")
+    return Checkpoint(path, floats, frozenset(tensors.keys() - floats.keys()))
 
 
-def _read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of a safetensors file by name."""
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of a safetensors file by name.
+
+    Raises:
+        UserError: If the file cannot be read, or is not what its header says.
+    """
+    opened = _open(file)
+    slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+    return {
+        name: Stored(file, name, each.get_dtype(), (*each.get_shape(),))
+        for name, each in slices.items()
+    }
+
+
+def _open(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="numpy"):  # Checks the header, and that the file is whole.
-            pass
-        with file.open("rb") as content:
-            size = int.from_bytes(content.read(8), "little")
-            header = json.loads(content.read(size))
+        return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file} is incomplete, damaged or not readable ({error})."
-        ) from error
-    header.pop("__metadata__", None)
-    return {
-        name: Stored(file, 8 + size + entry["data_offsets"][0], entry["dtype"], (*entry["shape"],))
-        for name, entry in header.items()
-    }
+        raise UserError(f"{file} is incomplete, damaged or not readable ({error}).") from error
 
 
 def _why_no_weights(folder: Path, files: list[Path]) -> str:
@@ -333,53 +215,33 @@ def _why_no_weights(folder: Path, files: list[Path]) -> str:
 
 def _read_shards(folder: Path) -> dict[str, Stored]:
     index = folder / _INDEX_FILE
-    places = _read_json(index).get("weight_map")
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise CheckpointError(f"{index} has no weight_map from tensor names to file names.")
+        raise UserError(f"{index} has no weight_map from tensor names to file names.")
     files = {file: folder / file for file in sorted(set(places.values()))}
     if missing := [file for file, shard in files.items() if not shard.is_file()]:
-        raise CheckpointError(
+        raise UserError(
             f"{folder}: {len(missing)} of {len(files)} shards are missing, first {missing[0]}."
         )
-    headers = {file: _read_header(shard) for file, shard in files.items()}
+    headers = {file: read_header(shard) for file, shard in files.items()}
     for name, file in places.items():
         if name not in headers[file]:
-            raise CheckpointError(f"{index} says that {file} holds {name}, but it does not.")
+            raise UserError(f"{index} says that {file} holds {name}, but it does not.")
     return {name: headers[file][name] for name, file in places.items()}
 
 
-def _read_adapter(folder: Path) -> Adapter:
-    config = _read_json(folder / _ADAPTER_CONFIG)
-    file = folder / _ADAPTER_FILE
-    if not file.is_file():
-        raise CheckpointError(
-            f"{folder} has an {_ADAPTER_CONFIG} but no {_ADAPTER_FILE}. An adapter in another "
-            "format must be loaded with PEFT and saved with save_pretrained."
-        )
-    tensors = {_WRAPPER.sub("", key): stored for key, stored in _read_header(file).items()}
-    return Adapter(_checkpoint(folder, tensors), config)
+def read_json(file: Path) -> dict[str, object]:
+    """The JSON object in a file.
 
-
-def _read_json(file: Path) -> dict[str, object]:
+    Raises:
+        UserError: If it cannot be read, or is none.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON ({error}).") from error
+        raise UserError(f"{file} is not valid JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file} is not a JSON object.")
+        raise UserError(f"{file} is not a JSON object.")
     return content
-
-
-def _checkpoint(path: Path, tensors: Mapping[str, Stored]) -> Checkpoint:
-    for name, stored in tensors.items():
-        if stored.dtype not in _FLOATS.keys() | _BUFFERS:
-            raise CheckpointError(
-                f"{path}: {name} is stored as {stored.dtype}: quantised weights have no entries "
-                "to compare. Name a checkpoint in BF16, FP16 or FP32."
-            )
-    floats = {name: stored for name, stored in tensors.items() if stored.dtype in _FLOATS}
-    if not floats:
-        raise CheckpointError(f"{path} holds no floating-point tensor.")
-    return Checkpoint(path, floats, frozenset(tensors.keys() - floats.keys()))

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
+from axolotl_gmt.errors import UserError
 from axolotl_gmt.names import (
     layer_name,
     model_order,
@@ -24,17 +25,19 @@ from axolotl_gmt.names import (
     stack_labels,
     stack_name,
 )
-from axolotl_gmt.tools.inspect.checkpoint import (
+from axolotl_gmt.tools.inspect.adapter import (
+    AdaptedModel,
     Adapter,
+    adapt,
+    find_adapter,
+    read_adapter,
+)
+from axolotl_gmt.tools.inspect.checkpoint import (
+    FLOATS,
     Checkpoint,
-    CheckpointError,
     Stored,
     read_checkpoint,
-    round_to,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # 1 MB in float32: a comparison holds a few arrays of this size, and they fit into a CPU's cache.
 _WINDOW_ENTRIES = 1 << 18
@@ -100,18 +103,6 @@ class Change:
 Compared = Literal["weights", "weights and an adapter", "matrices of two adapters"]
 
 
-class Grid(NamedTuple):
-    """Changes by module type (rows) and layer (columns), as heat maps want them.
-
-    Arrays are of shape [rows, columns], NaN where a layer has no such module.
-    """
-
-    rows: list[str]
-    columns: list[int]
-    changed_fraction: np.ndarray
-    relative_norm: np.ndarray
-
-
 @dataclass(frozen=True)
 class Comparison:
     """What tuning changed in each tensor, and which tensors could not be compared."""
@@ -150,15 +141,12 @@ class Comparison:
         layers = self._sum_by(self._layer, inside)
         return dict(sorted(layers.items(), key=lambda item: natural_order(item[0])))
 
-    def grid(self) -> Grid | None:
-        """By module type and layer, without what is outside the layers; None if all is outside."""
-        cells: dict[tuple[str, int], Change] = {}
-        for name, change in self.tensors.items():
-            layer = place(name).layer
-            if layer is not None:
-                key = self._module(name), layer
-                cells[key] = cells.get(key, Change()) + change
-        return _grid(cells) if cells else None
+    def by_module_and_layer(self) -> dict[tuple[str, int], Change]:
+        """By module type and number of the layer, without what is outside the layers."""
+        return self._sum_by(
+            lambda name: (self._module(name), place(name).layer or 0),
+            [name for name in self.tensors if layer_name(name)],
+        )
 
     def outside_layers(self) -> dict[str, Change]:
         """By module, of what is in no layer: embeddings, the final norm, the head."""
@@ -212,10 +200,10 @@ class Comparison:
             ],
         }
 
-    def _sum_by(
-        self, key: Callable[[str], str], names: Iterable[str] | None = None
-    ) -> dict[str, Change]:
-        sums: dict[str, Change] = {}
+    def _sum_by[Key](
+        self, key: Callable[[str], Key], names: Iterable[str] | None = None
+    ) -> dict[Key, Change]:
+        sums: dict[Key, Change] = {}
         for name in self.tensors if names is None else names:
             sums[key(name)] = sums.get(key(name), Change()) + self.tensors[name]
         return sums
@@ -249,8 +237,8 @@ def compare(
     """Compare the tensors that two checkpoints share.
 
     BASE is first converted to TUNED's dtype, as a trainer would have loaded it, so that rounding
-    alone changes nothing. Where TUNED is a LoRA adapter, the change of a weight is scale * B @ A
-    in float32; where both are adapters, their own matrices are compared.
+    alone changes nothing. Where TUNED is an adapter, BASE is compared with what PEFT's merging
+    makes of it in float32; where both are adapters, their own tensors are compared.
 
     Args:
         base: Folder or file of the model before tuning.
@@ -258,151 +246,75 @@ def compare(
         on_progress: Called with the number of entries compared since the last call, and of all.
 
     Raises:
-        CheckpointError: If one of them cannot be read, or there is nothing to compare.
+        UserError: If one of them cannot be read, or there is nothing to compare.
     """
-    before, after = read_checkpoint(base), read_checkpoint(tuned)
+    before, after = _read(base), _read(tuned)
     if _files(before) == _files(after):
-        raise CheckpointError(f"{base} and {tuned} are the same files: name two checkpoints.")
-    if not isinstance(after, Adapter):
-        if isinstance(before, Adapter):
-            raise CheckpointError(
-                f"{base} is an adapter and {tuned} is not. Name the adapter's base model first."
-            )
-        return _compare(_Pair(before, after), "weights", on_progress)
-    if isinstance(before, Adapter):
-        pair = _Pair(before.matrices, after.matrices)
-        return _compare(pair, "matrices of two adapters", on_progress)
-    return _compare(_AdapterPair(before, after), "weights and an adapter", on_progress)
+        raise UserError(f"{base} and {tuned} are the same files: name two checkpoints.")
+    if isinstance(before, Checkpoint):
+        if isinstance(after, Checkpoint):
+            return _compare(before, after, "weights", on_progress)
+        return _compare(before, adapt(before, after), "weights and an adapter", on_progress)
+    if isinstance(after, Checkpoint):
+        raise UserError(
+            f"{base} is an adapter and {tuned} is not. Name the adapter's base model first."
+        )
+    return _compare(before.weights, after.weights, "matrices of two adapters", on_progress)
+
+
+def _read(path: Path) -> Checkpoint | Adapter:
+    adapter = find_adapter(path)
+    return read_adapter(adapter) if adapter else read_checkpoint(path)
 
 
 def _files(checkpoint: Checkpoint | Adapter) -> set[Path]:
-    weights = checkpoint.matrices if isinstance(checkpoint, Adapter) else checkpoint
-    return {stored.file.resolve() for stored in weights.tensors.values()}
-
-
-class _Pair:
-    """Two checkpoints of whole tensors."""
-
-    def __init__(self, base: Checkpoint, tuned: Checkpoint) -> None:
-        self.base, self.tuned = base, tuned
-        self.path = tuned.path
-
-    def names(self) -> Iterable[str]:
-        """The tensors of TUNED."""
-        return self.tuned.tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of one of TUNED's tensors."""
-        return self.tuned.tensors[name].shape
-
-    def dtype(self, name: str) -> str:
-        """The one that both sides are compared in."""
-        return self.tuned.tensors[name].dtype
-
-    def buffers(self) -> frozenset[str]:
-        """TUNED's tensors that are no weights."""
-        return self.tuned.buffers
-
-    def parts(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Of BASE and of the change, both in float32, or float64 if TUNED is; they make up all."""
-        stored = self.base.tensors[name]
-        for start, stop in _windows(stored):
-            base, tuned = self.base.rows(name, start, stop), self.tuned.rows(name, start, stop)
-            if stored.dtype != self.dtype(name):
-                base = round_to(base, self.dtype(name))
-            yield base, tuned - base
-
-
-class _AdapterPair(_Pair):
-    """A model and a LoRA adapter: what the adapter does not name is unchanged."""
-
-    def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
-        super().__init__(base, adapter.matrices)
-        self.adapter = adapter
-        matrices = {matrix for lora in adapter.loras.values() for matrix in (lora.a, lora.b)}
-        self._whole = adapter.matrices.tensors.keys() - matrices
-        if missing := [name for name in adapter.loras if name not in base.tensors]:
-            raise CheckpointError(
-                f"{adapter.path} changes {missing[0]}, which {base.path} does not have. Is it the "
-                "adapter's base model? If it is, merge the adapter with axolotl merge-lora and "
-                "name the merged model instead."
-            )
-        for name in adapter.loras.keys() - self._whole:
-            if adapter.shape(name) != base.tensors[name].shape:
-                raise CheckpointError(
-                    f"{adapter.path} changes {name} as a weight of shape "
-                    f"{list(adapter.shape(name))}, and in {base.path} it has "
-                    f"{list(base.tensors[name].shape)}. Is it the adapter's base model?"
-                )
-
-    def names(self) -> Iterable[str]:
-        return self.base.tensors.keys() | self._whole
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return (self.tuned if name in self._whole else self.base).tensors[name].shape
-
-    def dtype(self, name: str) -> str:
-        return (self.tuned if name in self._whole else self.base).tensors[name].dtype
-
-    def buffers(self) -> frozenset[str]:
-        return self.base.buffers
-
-    def parts(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        parts = super().parts(name) if name in self._whole else self._unchanged(name)
-        if name not in self.adapter.loras:
-            yield from parts
-            return
-        left, right, scale = self.adapter.factors(name)
-        row = 0
-        for base, change in parts:
-            rows = left[row : row + len(base)]
-            row += len(base)
-            yield base, change + rows @ right * np.float32(scale)
-
-    def _unchanged(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start, stop in _windows(self.base.tensors[name]):
-            base = self.base.rows(name, start, stop)
-            yield base, np.zeros_like(base)
+    return {stored.file.resolve() for stored in checkpoint.tensors.values()}
 
 
 def _compare(
-    pair: _Pair, compared: Compared, on_progress: Callable[[int, int], object] | None
+    base: Checkpoint,
+    tuned: Checkpoint | AdaptedModel,
+    compared: Compared,
+    on_progress: Callable[[int, int], object] | None,
 ) -> Comparison:
-    stored, tuned = pair.base.tensors, sorted(pair.names(), key=model_order)
-    shared = [name for name in tuned if name in stored]
+    before, after = base.tensors, tuned.tensors
+    shared = sorted(before.keys() & after.keys(), key=model_order)
     if not shared:
-        raise CheckpointError(
-            f"{pair.base.path} and {pair.path} have no tensor name in common, such as "
-            f"{min(stored)} and {tuned[0]}."
+        raise UserError(
+            f"{base.path} and {tuned.path} have no tensor name in common, such as "
+            f"{min(before)} and {min(after, key=model_order)}."
         )
-    same_shape = [name for name in shared if pair.shape(name) == stored[name].shape]
+    same_shape = [name for name in shared if before[name].shape == after[name].shape]
     if not same_shape:
         name = shared[0]
-        raise CheckpointError(
-            f"No tensor has the same shape in {pair.base.path} and {pair.path}: {name} is "
-            f"{list(stored[name].shape)} and {list(pair.shape(name))}. Is one tuned from the other?"
+        raise UserError(
+            f"No tensor has the same shape in {base.path} and {tuned.path}: {name} is "
+            f"{[*before[name].shape]} and {[*after[name].shape]}. Is one tuned from the other?"
         )
-    total = sum(stored[name].entries for name in same_shape)
-    changes: dict[str, Change] = {}
-    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are counted instead.
+    total = sum(before[name].entries for name in same_shape)
+    changes = dict.fromkeys(same_shape, Change())
+    with (
+        np.errstate(invalid="ignore", over="ignore"),  # NaN and infinity are counted instead.
+        tuned.reader(same_shape) as read_tuned,
+    ):
         for name in same_shape:
-            changes[name] = Change()
-            for base, change in pair.parts(name):
-                part = _measure(base, change)
+            for start, stop in _windows(before[name]):
+                values = _converted(base.read(name, start, stop), before[name], after[name])
+                part = _measure(values, read_tuned(name, start, stop) - values)
                 changes[name] += part
                 if on_progress is not None:
                     on_progress(part.entries, total)
-    all_base, all_tuned = stored.keys() | pair.base.buffers, pair.buffers().union(tuned)
-    dtypes = ((stored[name].dtype, pair.dtype(name)) for name in same_shape)
+    all_base, all_tuned = before.keys() | base.buffers, after.keys() | tuned.buffers
+    dtypes = ((before[name].dtype, after[name].dtype) for name in same_shape)
     return Comparison(
-        base=pair.base.path,
-        tuned=pair.path,
+        base=base.path,
+        tuned=tuned.path,
         compared=compared,
         tensors=changes,
         only_in_base=sorted(all_base - all_tuned, key=model_order),
         only_in_tuned=sorted(all_tuned - all_base, key=model_order),
         reshaped={
-            name: (stored[name].shape, pair.shape(name)) for name in shared if name not in changes
+            name: (before[name].shape, after[name].shape) for name in shared if name not in changes
         },
         not_weights=sorted((all_base & all_tuned).difference(shared), key=model_order),
         converted=Counter(dtype for dtype in dtypes if dtype[0] != dtype[1]),
@@ -410,12 +322,18 @@ def _compare(
 
 
 def _windows(stored: Stored) -> Iterator[tuple[int, int]]:
-    """First and last row, exclusive, of the parts in which a tensor is read."""
-    if not stored.entries:
-        return
-    rows, step = stored.entries // stored.columns, max(1, _WINDOW_ENTRIES // stored.columns)
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
+    """First and last entry, exclusive, of the parts in which a tensor is read: whole rows."""
+    columns = stored.shape[-1] if stored.shape else 1
+    step = _WINDOW_ENTRIES - _WINDOW_ENTRIES % max(columns, 1) or _WINDOW_ENTRIES
+    for start in range(0, stored.entries, step):
+        yield start, min(start + step, stored.entries)
+
+
+def _converted(values: np.ndarray, before: Stored, after: Stored) -> np.ndarray:
+    """Rounded to the other dtype, ties to even; what is too large becomes infinite."""
+    if before.dtype == after.dtype:
+        return values
+    return values.astype(FLOATS[after.dtype]).astype(after.computed)
 
 
 def _measure(base: np.ndarray, change: np.ndarray) -> Change:
@@ -437,58 +355,6 @@ def _square_sum(values: np.ndarray) -> float:
     return float(np.square(values, dtype=np.float64).sum())
 
 
-def _grid(cells: dict[tuple[str, int], Change]) -> Grid:
-    rows = list(dict.fromkeys(module for module, _ in cells))
-    columns = sorted({layer for _, layer in cells})
-    changed, relative = (np.full((len(rows), len(columns)), np.nan) for _ in range(2))
-    for (module, layer), change in cells.items():
-        cell = rows.index(module), columns.index(layer)
-        changed[cell] = change.changed_fraction
-        relative[cell] = _relative(change)
-    return Grid(rows, columns, changed, relative)
-
-
 def _first_few(names: list[str]) -> str:
     rest = f" and {len(names) - 5:,} more, which --json lists" if len(names) > 5 else ""
     return ", ".join(names[:5]) + rest
-
-
-def _relative(change: Change) -> float:
-    return math.nan if change.relative_norm is None else change.relative_norm
-
-
-def draw_png(comparison: Comparison) -> bytes:
-    """A PNG file with heat maps of the changed fraction and of the relative norm of the change.
-
-    Raises:
-        CheckpointError: If no tensor is in a layer.
-    """
-    from axolotl_gmt.report import figures
-
-    grid, outside = comparison.grid(), comparison.outside_layers()
-    if grid is None:
-        raise CheckpointError(
-            "No tensor that was compared is in a numbered layer, so there is no heat map to draw. "
-            "Leave out --png."
-        )
-    total, (base, tuned) = comparison.total, comparison.labels
-    changed = figures.LayerMap(
-        f"Entries changed: {total.changed_fraction:.2%} in all",
-        "of the module's entries",
-        grid.changed_fraction,
-        np.array([change.changed_fraction for change in outside.values()]),
-    )
-    norm = figures.LayerMap(
-        f"Norm of the change: {_relative(total):.2%} of the norm of {base} in all",
-        f"of the module's norm in {base}",
-        grid.relative_norm,
-        np.array([_relative(change) for change in outside.values()]),
-    )
-    maps = (changed, norm)
-
-    def draw(figure: Figure) -> None:
-        figure.suptitle(f"What tuning changed, from {base} to {tuned}", fontweight="bold")
-        figures.layer_maps(figure, maps, grid.rows, grid.columns, list(outside))
-
-    rows = len(grid.rows) + len(outside)
-    return figures.render_figure(draw, width=10, height=len(maps) * (1.2 + 0.25 * rows))
