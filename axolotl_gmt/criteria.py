@@ -68,7 +68,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import NamedTuple
 
 import pluggy
@@ -274,14 +274,16 @@ class _Offer(NamedTuple):
 
 
 @cache
-def _installed() -> tuple[Mapping[str, Sequence[_Offer]], Sequence[str]]:
-    """What other packages offer by name, and what is wrong with which package."""
+def _installed(
+    points: tuple[EntryPoint, ...],
+) -> tuple[Mapping[str, Sequence[_Offer]], Sequence[str]]:
+    """What the packages of ``points`` offer by name, and what is wrong with which package."""
     manager = pluggy.PluginManager(ENTRY_POINT_GROUP)
     manager.add_hookspecs(_Hooks)
     offers: dict[str, list[_Offer]] = defaultdict(list)
     broken = []
     # Not load_setuptools_entrypoints, which skips a second entry point of the same name in silence.
-    for point in entry_points(group=ENTRY_POINT_GROUP):
+    for point in points:
         package = f"{point.dist.name if point.dist else 'of an unknown name'} ({point.value})"
         try:
             for name, criterion in _offered(manager, point.load(), package).items():
@@ -324,7 +326,7 @@ def find(name: object) -> Criterion:
     """
     if isinstance(name, str) and name in BUILT_IN:
         return BUILT_IN[name]
-    offers, broken = _installed()
+    offers, broken = _installed(tuple(entry_points(group=ENTRY_POINT_GROUP)))
     offered = offers.get(name, ()) if isinstance(name, str) else ()
     if not offered:
         problems = "".join(f" {problem}" for problem in broken)
