@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 import torch
 import yaml
 from axolotl.integrations.base import PluginManager
+from axolotl.utils import config as axolotl_config
 from click.testing import CliRunner, Result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -29,7 +31,7 @@ from axolotl_gmt.errors import UserError
 from axolotl_gmt.tools.check import child
 from axolotl_gmt.tools.check.check import check
 from axolotl_gmt.tools.check.report import Mask, Report
-from axolotl_gmt.tools.check.validation import validated
+from axolotl_gmt.tools.check.validation import build_schema_once, validated
 from axolotl_gmt.tools.check.yaml_file import parse
 
 ROOT = Path(__file__).parents[2]
@@ -79,11 +81,12 @@ def no_child(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def plugins_of_axolotl() -> Iterator[None]:
-    """A check replaces them, since its child does nothing else."""
-    manager = PluginManager.get_instance()
-    before = manager.plugins
-    yield
-    manager.plugins = before
+    """A check replaces them and keeps their schema, since its child does nothing else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PluginManager.get_instance(), "plugins", OrderedDict())
+        patch.setattr(axolotl_config, "merge_input_args", axolotl_config.merge_input_args)
+        build_schema_once()
+        yield
 
 
 def run(*arguments: object) -> Result:
@@ -864,6 +867,23 @@ def test_secrets_and_placeholders_are_told_apart(
     found = report(tmp_path, **{key: value})
     assert any("looks like" in line for line in found.warnings) == is_secret
     assert (str(value) in json.dumps(found.as_dict())) <= (not is_secret)
+
+
+def test_no_error_of_the_parser_shows_a_secret(tmp_path: Path) -> None:
+    file = tmp_path / "config.yml"
+    for text in (f"a: *{HF_TOKEN}", f"a: !{HF_TOKEN} x", f"a: 1\n? {HF_TOKEN}\n? {HF_TOKEN}"):
+        file.write_text(text)
+        found = check(file)
+        assert HF_TOKEN not in json.dumps(found.as_dict())
+        assert "***" in json.dumps(found.as_dict())
+
+
+def test_many_keys_that_axolotl_does_not_know_take_seconds(tmp_path: Path) -> None:
+    start = time.process_time()
+    found = report(tmp_path, **{f"learning_rat{index}": 1 for index in range(20_000)})
+    assert len(found.warnings) == 20_000
+    assert sum("Did you mean learning_rate?" in line for line in found.warnings) == 100
+    assert time.process_time() - start < 30
 
 
 def test_no_line_of_a_private_key_is_shown(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from axolotl_gmt.tools.check.validation import Validation, validated
 
 # Of a message; those of Axolotl can quote whole values.
 MAX_LINE = 2_000
+# Of keys that look like one that Axolotl knows; to look for the nearest one takes long.
+MAX_SUGGESTIONS = 100
 
 
 def check(path: Path, gpus: int | None = None, private: bool = False) -> Report:
@@ -97,8 +99,9 @@ def _check_keys(report: Report, raw: Mapping[str, object], result: Validation) -
         if not (key in result.known_keys or key.startswith("gmt_") or f"`{key}`" in refused)
     ]
     perhaps = []
-    for key in unknown:
-        nearest = difflib.get_close_matches(key, result.known_keys, n=1, cutoff=0.8)
+    for index, key in enumerate(unknown):
+        known = result.known_keys if index < MAX_SUGGESTIONS else ()
+        nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
         if result.unknown_plugins and not nearest:
             perhaps.append(key)
             continue

@@ -75,8 +75,7 @@ class Checker:
         with suppress(BrokenPipeError):  # Its end is told below.
             print(json.dumps([str(path), gpus, private]), file=child.stdin, flush=True)
         try:
-            answer = json.loads(child.stdout.readline())
-            return _REPORT.validate_python({**answer, "path": str(path)})
+            return _REPORT.validate_python(json.loads(child.stdout.readline()))
         except (json.JSONDecodeError, ValidationError):
             return Report(str(path), errors=[self._why(self._end(child, patience=10))])
 
@@ -131,7 +130,9 @@ def serve(seconds: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Axolotl and others print there.
     from axolotl_gmt.tools.check.check import check
+    from axolotl_gmt.tools.check.validation import build_schema_once
 
+    build_schema_once()
     print("ready", file=answers, flush=True)
     os.dup2(1, 2)
     with suppress(OSError, ValueError):  # Not every system has this limit.

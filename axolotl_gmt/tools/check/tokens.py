@@ -112,10 +112,11 @@ _SECRET_KEY = re.compile(
     r"|(?:auth|access|session|refresh|hf|hub|huggingface|wandb|github|gitlab|bearer|api)_token)$"
     r"|^(?:token|(?:wandb|hf|openai|anthropic|comet|mlflow|swanlab|kaggle)_key)$"
 )
-# Of these a value is only a secret if it looks random: gmt_token, eos_token and so on are not.
+# Of these a value is only a secret if it looks random. Tokens of a tokenizer are none.
 _MAYBE_SECRET_KEY = re.compile(
-    r"(?:^|[_-])(?:key|token|tok|secret|pass|password|pwd|auth|authorization|credential|cookie|dsn"
-    r"|pat|sas|signature|webhook)s?(?:$|[_-])"
+    r"^(?!(?:bos|eos|pad|unk|sep|cls|mask)_token$)(?:.*[_-])?"
+    r"(?:key|token|tok|secret|pass|password|pwd|auth|authorization|credential|cookie|dsn|pat|sas"
+    r"|signature|webhook)s?(?:$|[_-])"
 )
 _RANDOM_VALUE = re.compile(r"(?=\D*\d)(?=[^A-Za-z]*[A-Za-z])[\w.~+/=:-]{16,}", re.ASCII)
 _CHANGE = re.compile(r"(?=[a-z][A-Z\d]|[A-Z][a-z\d]|\d[A-Za-z])", re.ASCII)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib.util
 import logging
 import math
@@ -29,6 +30,7 @@ from axolotl.integrations.base import (
     get_builtin_plugins,
     normalize_plugin_name,
 )
+from axolotl.utils import config as axolotl_config
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import MultiProcessAdapter
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -96,8 +98,6 @@ def validated(raw: Mapping[str, object], gpus: int | None = None) -> Validation:
         raw: What the YAML file holds, with keys in text; it is left alone.
         gpus: How many GPUs train; by default the fewest that the config's own keys ask for.
     """
-    from axolotl.integrations.config import merge_input_args
-
     raw = deepcopy(dict(raw))  # Axolotl's validators write into what they validate.
     result = Validation(DictDefault(raw), errors=_misshapen(raw))
     if result.errors:
@@ -117,7 +117,7 @@ def validated(raw: Mapping[str, object], gpus: int | None = None) -> Validation:
             result.errors += str(error).splitlines()
         except (AttributeError, TypeError) as error:
             stumbled = error  # Over a nested value of the wrong type; the schema may name it.
-        _, schema = merge_input_args()
+        _, schema = axolotl_config.merge_input_args()
         result.known_keys |= _field_names(schema)
         try:
             result.config = _as_on_gpus(cfg, result.gpus)
@@ -147,6 +147,14 @@ def validated(raw: Mapping[str, object], gpus: int | None = None) -> Validation:
     return result
 
 
+def build_schema_once() -> None:
+    """Let Axolotl build the schema of configs for the first file only; it takes most of a check.
+
+    The schema depends on the plugins alone, and :func:`validated` gives each config the same.
+    """
+    axolotl_config.merge_input_args = functools.cache(axolotl_config.merge_input_args)
+
+
 def _unknown_optimizer(optimizer: object) -> list[str]:
     """An error, if Axolotl would stop over this name once the model and the data are loaded."""
     if optimizer is None:
@@ -159,8 +167,6 @@ def _unknown_optimizer(optimizer: object) -> list[str]:
 
 
 def _as_on_gpus(cfg: DictDefault, gpus: int) -> DictDefault:
-    from axolotl.utils.config import validate_config
-
     capabilities = {
         "bf16": True,
         "fp8": True,
@@ -168,7 +174,7 @@ def _as_on_gpus(cfg: DictDefault, gpus: int) -> DictDefault:
         "n_gpu": gpus,
         "compute_capability": "sm_90",
     }
-    return validate_config(
+    return axolotl_config.validate_config(
         cfg, capabilities, {"torch_version": torch.__version__.partition("+")[0]}
     )
 
