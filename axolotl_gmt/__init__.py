@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # As in typing, whose import takes longer than all else here.
 if TYPE_CHECKING:
     from axolotl_gmt.config import GMTConfig as GMTConfig
     from axolotl_gmt.integrations.axolotl.plugin import GMTPlugin as GMTPlugin
@@ -25,6 +23,8 @@ __all__ = ["GMTCallback", "GMTConfig", "GMTPlugin", "GradientMasker"]
 
 
 def __getattr__(name: str) -> object:
+    import importlib
+
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

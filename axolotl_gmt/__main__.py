@@ -1,5 +1,11 @@
 """``python -m axolotl_gmt``: the commands of ``axolotl gmt``, for whoever has no Axolotl."""
 
-from axolotl_gmt.cli import gmt
+import sys
 
-gmt(prog_name="python -m axolotl_gmt")
+if __name__ == "__main__":
+    try:
+        from axolotl_gmt.cli import gmt
+
+        gmt(prog_name="python -m axolotl_gmt")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from axolotl_gmt.cli.console import remarks
+from axolotl_gmt.cli.console import PlainConsole, printable, remarks
 
 if TYPE_CHECKING:
     from axolotl_gmt.tools.check.report import Plan, Report
@@ -65,12 +64,16 @@ def check(configs: Sequence[Path], gpus: int | None, private: bool, as_json: boo
         raise click.UsageError("Axolotl is not installed. Install axolotl-gmt[axolotl].")
     from axolotl_gmt.tools.check.child import Checker
 
-    columns = (TextColumn("Checking {task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (
+        TextColumn("Checking {task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+    )
     reports = []
     with Checker() as checker, Progress(*columns, console=remarks, transient=True) as progress:
         task = progress.add_task("", total=len(configs))
         for config in configs:
-            progress.update(task, description=config.name)
+            progress.update(task, description=printable(config.name))
             reports.append(checker.check(config, gpus, private))
             progress.advance(task)
     if as_json:
@@ -86,13 +89,15 @@ _LEVELS = {"errors": ("error", "red"), "warnings": ("warning", "yellow"), "remar
 
 
 def _print_checked(reports: Sequence[Report]) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     for found in reports:
         verdict = "good" if found.ok else "has problems"
         gpus = f", on {_counted(found.gpus, 'GPU')}" if found.gpus else ""
-        console.print(Text.assemble(found.path, ": ", (verdict, _VERDICTS[verdict]), gpus))
+        console.print(
+            Text.assemble(printable(found.path), ": ", (verdict, _VERDICTS[verdict]), gpus)
+        )
         for line in _plan_lines(found.gmt):
-            console.print(Text(f"  {line}"))
+            console.print(f"  {line}")
         for level, (label, style) in _LEVELS.items():
             for message in getattr(found, level):
                 console.print(Text.assemble("  ", (f"{label:<8}", style), message))

@@ -1,16 +1,75 @@
-"""What the commands share: the console for remarks, and the group that they are in."""
+"""What the commands share: the consoles that they print to, and the group that they are in."""
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.text import Text
 
 from axolotl_gmt.errors import UserError
 
+
+def printable(text: str) -> str:
+    """``text`` on one line, in which escapes stand for what a terminal would obey.
+
+    Names of files, tensors and models can hold anything.
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text
+    )
+
+
+class PlainConsole(Console):
+    """A console that prints texts as they are: without markup, and made printable.
+
+    Args:
+        stderr: Print to stderr. Otherwise to stdout.
+        soft_wrap: Leave long lines to the terminal.
+    """
+
+    def __init__(self, *, stderr: bool = False, soft_wrap: bool = False) -> None:
+        super().__init__(
+            stderr=stderr, soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False
+        )
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """As rich does, of the printable text. Printed strings and cells of tables come by."""
+        return super().render_str(printable(text), **options)
+
+
 # Progress and remarks go to stderr, so that what stdout holds can be piped.
-remarks = Console(stderr=True, highlight=False, soft_wrap=True)
+remarks = PlainConsole(stderr=True, soft_wrap=True)
+
+
+@contextmanager
+def _interruptible(ctx: click.Context) -> Iterator[None]:
+    """Exit with 130, as shells say of a process that SIGINT ended, after Ctrl-C.
+
+    Interrupted imports can end in any error: NumPy's is a RuntimeError. So the signal is recorded.
+    """
+    interrupted = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is signal.default_int_handler:  # Not if the signal is ignored, as under nohup.
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except BaseException:
+        if interrupted:
+            ctx.exit(130)
+        raise
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class Commands(click.Group):
@@ -19,11 +78,15 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that was asked for."""
         try:
-            return super().invoke(ctx)
+            with _interruptible(ctx):
+                return super().invoke(ctx)
+        except click.UsageError as error:
+            raise click.UsageError(printable(error.format_message()), error.ctx) from error
+        except UserError as error:
+            raise click.ClickException(printable(str(error))) from error
         except BrokenPipeError:
             raise  # Which click knows: whoever reads our output has seen enough.
-        except UserError as error:
-            raise click.ClickException(str(error)) from error
         except OSError as error:
             place = f"{error.filename}: " if error.filename else ""
-            raise click.ClickException(f"{place}{error.strerror or error}.") from error
+            reason = printable(f"{place}{error.strerror or error}.")
+            raise click.ClickException(reason) from error

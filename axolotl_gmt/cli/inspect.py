@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
-from axolotl_gmt.cli.console import remarks
+from axolotl_gmt.cli.console import PlainConsole, remarks
+from axolotl_gmt.errors import UserError
 from axolotl_gmt.files import whole
 
 if TYPE_CHECKING:
@@ -56,35 +55,35 @@ def inspect(base: Path, tuned: Path, png: Path | None, as_json: bool) -> None:
     from axolotl_gmt.tools.inspect.compare import compare, draw_png
 
     if png is not None and png.exists():
-        raise click.ClickException(f"{png} exists. Name another file, or remove it.")
+        raise UserError(f"{png} exists. Name another file, or remove it.")
     columns = (TextColumn("Comparing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with ExitStack() as stack:
         try:
             # Entered first, since a comparison can take minutes.
             part = stack.enter_context(whole(png)) if png is not None else None
         except OSError as error:
-            raise click.ClickException(f"{png} cannot be written: {error.strerror}.") from error
+            raise UserError(f"{png} cannot be written: {error.strerror}.") from error
         with Progress(*columns, console=remarks, transient=True) as progress:
             task = progress.add_task("Comparing")
             comparison = compare(
                 base, tuned, lambda new, all_: progress.update(task, advance=new, total=all_)
             )
         for remark in comparison.remarks():
-            remarks.print(remark, markup=False)
+            remarks.print(remark)
         if as_json:
             click.echo(json.dumps(comparison.as_dict(), allow_nan=False))
         else:
-            Console().print(_change_table(comparison))
+            PlainConsole().print(_change_table(comparison))
         if part is not None:
             part.write_bytes(draw_png(comparison))
     if png is not None:
-        remarks.print(f"Wrote {png}", markup=False)
+        remarks.print(f"Wrote {png}")
 
 
 def _change_table(comparison: Comparison) -> Table:
     """Module types, layers and the sum, one below the other."""
     title = f"What tuning changed, from {comparison.base} to {comparison.tuned}"
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=title, title_justify="left")
     table.add_column("Part", overflow="fold")
     for heading in ("Entries", "Changed", "Norm of change", "Relative norm"):
         table.add_column(heading, justify="right")
@@ -93,7 +92,7 @@ def _change_table(comparison: Comparison) -> Table:
         for name, change in parts.items():
             relative = change.relative_norm
             table.add_row(
-                Text(name),
+                name,
                 f"{change.entries:,}",
                 f"{change.changed_fraction:.2%}",
                 f"{change.norm:.4g}",

@@ -6,9 +6,8 @@ import shlex
 from pathlib import Path
 
 import click
-from rich.console import Console
 
-from axolotl_gmt.cli.console import remarks
+from axolotl_gmt.cli.console import PlainConsole, remarks
 from axolotl_gmt.cli.score import score_models, score_table
 from axolotl_gmt.tools import quickstart as qs
 from axolotl_gmt.tools import scoring
@@ -50,9 +49,10 @@ def quickstart(folder: Path, prepare_only: bool) -> None:
     before, after = score_models([place.base_model, tuned], problems)
     kept = qs.kept_fraction(tuned)
     table = score_table("Sums of two-digit numbers, never trained on", [before, after])
-    Console().print(table)
+    output = PlainConsole()
+    output.print(table)
     if kept is not None:
-        Console(highlight=False).print(
+        output.print(
             f"In each step of the training, GMT let {kept:.1%} of the gradient entries through."
         )
 

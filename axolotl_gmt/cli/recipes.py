@@ -7,10 +7,9 @@ import sys
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from axolotl_gmt.cli.console import remarks
+from axolotl_gmt.cli.console import PlainConsole, remarks
 
 
 @click.command()
@@ -43,7 +42,7 @@ def recipes(as_json: bool) -> None:
     for each in found:
         table.add_row(each.name, each.model, each.method, each.hardware)
     # A narrow terminal wraps whole lines: names are to be copied and searched for.
-    console = Console(highlight=False)
+    console = PlainConsole()
     unbounded = console.options.update(max_width=sys.maxsize)
     console.width = max(console.width, console.measure(table, options=unbounded).maximum)
     console.print(table)
@@ -77,6 +76,6 @@ def recipe(name: str, output: Path | None) -> None:
     if output:
         write_recipe(found, output)
     if output:
-        remarks.print(f"Wrote {output}", markup=False)
+        remarks.print(f"Wrote {output}")
     else:
         click.echo(found.text, nl=False)

@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
-from rich.text import Text
 
-from axolotl_gmt.cli.console import remarks
+from axolotl_gmt.cli.console import PlainConsole, remarks
 
 
 @click.command()
@@ -51,17 +49,17 @@ def report(run_dir: Path, output: Path | None, as_json: bool) -> None:
     columns = (TextColumn("Drawing"), BarColumn(), MofNCompleteColumn())
     state = find_state(run_dir)
     log = read_log(state)
-    remarks.print(f"Read {state}", markup=False)
+    remarks.print(f"Read {state}")
     folder = output or (state.parent if run_dir.is_file() else run_dir) / FOLDER
     with Progress(*columns, console=remarks) as progress:
         files = write_report(log, folder, progress.track)
     for file in files:
-        remarks.print(f"Wrote {file}", markup=False)
+        remarks.print(f"Wrote {file}")
     if as_json:
         numbers = {**log.as_dict(), "source": str(state), "files": list(map(str, files))}
         click.echo(json.dumps(numbers, allow_nan=False))
         return
     table = Table.grid(padding=(0, 2))
     for label, value in [("Run", log.name), *facts(log)]:
-        table.add_row(label, Text(value))
-    Console().print(table)
+        table.add_row(label, value)
+    PlainConsole().print(table)

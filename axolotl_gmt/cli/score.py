@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from axolotl_gmt.cli.console import remarks
+from axolotl_gmt.cli.console import PlainConsole, printable, remarks
 from axolotl_gmt.tools import scoring
 
 
@@ -61,7 +60,7 @@ def score(
     if as_json:
         click.echo(json.dumps([result.as_dict() for result in scores]))
     else:
-        Console().print(score_table(str(data), scores))
+        PlainConsole().print(score_table(str(data), scores))
 
 
 def score_models(
@@ -71,13 +70,15 @@ def score_models(
 ) -> list[scoring.Score]:
     """Score one model after the other, with a progress bar for each."""
     columns = (
-        TextColumn("Scoring {task.description}"),
+        TextColumn("Scoring {task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=remarks) as progress:
-        tasks = {model: progress.add_task(model.name, total=len(problems)) for model in models}
+        tasks = {
+            model: progress.add_task(printable(model.name), total=len(problems)) for model in models
+        }
         return [
             scoring.score_model(model, problems, max_new_tokens, partial(progress.advance, task))
             for model, task in tasks.items()

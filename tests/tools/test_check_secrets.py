@@ -153,6 +153,11 @@ RSA: -----BEGIN RSA PRIV|ATE KEY-----\\n{646}\\n{646}
 SSH: -----BEGIN OPENSSH PRIV|ATE KEY-----\\n{706}\\n{706}
 PGP: -----BEGIN PGP PRIV|ATE KEY BLOCK-----\\n{646}\\n{646}
 age: AGE-SEC|RET-KEY-1{58u}
+Buildkite: bk|ua_{40h}
+Pulumi: pu|l-{40h}
+RubyGems: rubyg|ems_{48h}
+CircleCI: CCI|PAT_{22a}_{40h}
+Tailscale: tsk|ey-auth-{17a}-{32a}
 option: run --api-key [{32a}]
 header: curl -H 'X-Auth-Token: [{32a}]'
 random: {40a}

@@ -59,6 +59,7 @@ _PREFIXES = {
     "a key of Postman or Doppler": "PMAK- dp.pt. dp.st. dp.ct. dp.sa. dp.scim.",
     "a Dropbox token": "sl.",
     "an age key": "AGE-SECRET-KEY-1",
+    "a token of a build or hosting service": "bkua_ pul- rubygems_ CCIPAT_ tskey- rdme_ dt0c01.",
 }
 # Each pattern has one group, which is the secret. The first one that matches gives the kind.
 _LOOKS = {
