@@ -15,7 +15,7 @@ from rich.text import Text
 from axolotl_gmt.cli.console import PlainConsole, printable, remarks
 
 if TYPE_CHECKING:
-    from axolotl_gmt.tools.check import check as checking
+    from axolotl_gmt.tools.check.report import Plan, Report
 
 
 @click.command()
@@ -62,7 +62,7 @@ def check(configs: Sequence[Path], gpus: int | None, private: bool, as_json: boo
     """  # noqa: D301
     if importlib.util.find_spec("axolotl") is None:
         raise click.UsageError("Axolotl is not installed. Install axolotl-gmt[axolotl].")
-    from axolotl_gmt.tools.check import check as checking
+    from axolotl_gmt.tools.check.child import Checker
 
     columns = (
         TextColumn("Checking {task.description}", markup=False),
@@ -70,11 +70,11 @@ def check(configs: Sequence[Path], gpus: int | None, private: bool, as_json: boo
         MofNCompleteColumn(),
     )
     reports = []
-    with Progress(*columns, console=remarks, transient=True) as progress:
+    with Checker() as checker, Progress(*columns, console=remarks, transient=True) as progress:
         task = progress.add_task("", total=len(configs))
         for config in configs:
             progress.update(task, description=printable(config.name))
-            reports.append(checking.check(config, gpus, private))
+            reports.append(checker.check(config, gpus, private))
             progress.advance(task)
     if as_json:
         click.echo(json.dumps([found.as_dict() for found in reports], allow_nan=False))
@@ -88,7 +88,7 @@ _VERDICTS = {"good": "green", "has problems": "red"}
 _LEVELS = {"errors": ("error", "red"), "warnings": ("warning", "yellow"), "remarks": ("remark", "")}
 
 
-def _print_checked(reports: Sequence[checking.Report]) -> None:
+def _print_checked(reports: Sequence[Report]) -> None:
     console = PlainConsole(soft_wrap=True)
     for found in reports:
         verdict = "good" if found.ok else "has problems"
@@ -109,7 +109,7 @@ def _print_checked(reports: Sequence[checking.Report]) -> None:
     console.print(f"{good} of {_counted(len(reports), 'file')} good: {', '.join(counts)}.")
 
 
-def _plan_lines(plan: checking.Plan | None) -> Iterator[str]:
+def _plan_lines(plan: Plan | None) -> Iterator[str]:
     from axolotl_gmt.config import GMTConfig
 
     if plan is None:

@@ -1,62 +1,33 @@
-"""What in a config should not leave the machine: keys and tokens, paths, accounts.
+"""What in a config should not leave the machine: secrets, paths, accounts.
 
-Knows the keys of Axolotl's YAML by name and what secrets look like; it imports nothing of Axolotl
-and asks no server, so whether a repository is private is for its owner to say.
+Knows the keys of Axolotl's YAML by name. It imports nothing of Axolotl and asks no server, so
+whether a repository is private is for its owner to say.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from axolotl_gmt.tools.check.tokens import hide
 
 
-class Found(NamedTuple):
-    """Warnings, remarks, and the secrets that no other line may show either."""
+class Shared(NamedTuple):
+    """A config without its secrets, and a line for each thing that should not be shared.
 
+    Attributes:
+        config: The config with :data:`tokens.MARK` in place of each secret, so that nothing that
+            is said of it later can quote one.
+        warnings: A line each, with the key path and what to do instead.
+        remarks: Good to know before the file is shared.
+    """
+
+    config: dict[str, Any]
     warnings: list[str]
     remarks: list[str]
-    secrets: set[str]
 
 
-_TOKENS = {
-    "a Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}\b",
-    "a key of OpenAI or Anthropic": r"\bsk-[A-Za-z0-9_-]{20,}",
-    "a wandb key": r"\bwandb_v\d+_[A-Za-z0-9_]{20,}\b",
-    "a GitHub token": r"\b(?:gh[oprsu]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,})\b",
-    "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{20,}",
-    "an AWS key": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    "a Google key": r"\bAIza[A-Za-z0-9_-]{35}\b",
-    "a Slack token": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a URL with credentials": r"\b(?:https?|ftps?|postgres(?:ql)?|mysql|mongodb(?:\+srv)?|rediss?"
-    r"|amqps?)://[^\s/@?#'\"]+@[^\s'\"]+",
-}
-_TOKEN = re.compile("|".join(f"({pattern})" for pattern in _TOKENS.values()))
-_URL = re.compile(r"\bhttps?://[^\s'\"]+")
-_SIGNATURE = re.compile(
-    r"[?&](?:token|access_token|key|api_key|sig|signature|x-amz-signature|x-goog-signature)=[^&]",
-    re.IGNORECASE,
-)
-
-# A wandb key is 40 hexadecimal digits and so is a git commit, which pins a model or a data set.
-_HEX_40 = re.compile(r"[0-9a-f]{40}")
-_COMMIT_KEY = re.compile(r"revision|commit|sha\b|hash")
-
-_SECRET_KEY = re.compile(
-    r"(?:^|_)(?:api_?keys?|secret|secret_key|password|passwd|private_key|access_key(?:_id)?"
-    r"|(?:auth|access|session|hf|hub|huggingface|wandb|github|bearer|api)_token)$"
-    r"|^(?:token|(?:wandb|hf|openai|anthropic|comet|mlflow|swanlab)_key)$"
-)
-# $WANDB_API_KEY, ${{ secrets.KEY }}, <your key>: what stands where a secret would.
-_PLACEHOLDER = re.compile(
-    r"\s*(?:\$\{?[A-Z_][A-Z0-9_]*\}?|\$?\{\{.*\}\}|<.*>|\*+|\.\.\."
-    r"|(?i:your(?:key|token|secret|password)?(?:[-_ ][a-z]+)*|(?:hf_|sk-)?x{3,}|true|false|none)?)"
-    r"\s*"
-)
-# In a comment, and in a value such as a command to run.
-_ASSIGNED = re.compile(r"(\w{1,80})\s{0,3}[:=]\s{0,3}[\"']?([^\s\"']{1,500})")
-_EXPORTED = re.compile(r"\b([A-Z][A-Z0-9_]{0,80})=[\"']?([^\s\"']{1,500})")
 _COMMENT = re.compile(r"(?:^|\s)#(.*)")
 
 _ABSOLUTE = re.compile(r"(?:file://)?/[\w.@+-]+/.*|~[\w.-]*/.*|[A-Za-z]:[\\/].*|\\\\\w.*")
@@ -83,46 +54,76 @@ _ACCOUNT_KEYS = {
 _OWNED_KEYS = {"hub_model_id", "push_dataset_to_hub", "trackio_space_id"}
 
 
-def look_over(raw: Mapping[str, object], text: str) -> Found:
+def look_over(raw: Mapping[str, object], text: str) -> Shared:
     """What should not be shared in a config.
 
     Args:
         raw: The config.
         text: The file that it was read from; its comments are looked at too.
-
-    Returns:
-        One line for each warning and remark, with the key path and what to do instead. Secrets
-        are not shown in them.
     """
-    found = Found([], [], set())
-    owners = {_owner(raw.get(key)) for key in _OWNED_KEYS} - {None}
-    for path, key, value in _values(raw):
-        _check_secret(found, path, key, value)
-        _check_place(found, path, key, value)
+    shared = Shared({}, [], [])
+    values: set[str] = set()
+    shared.config.update(_without_secrets(shared, values, raw))
+    owners = {_owner(shared.config.get(key)) for key in _OWNED_KEYS} - {None}
+    for path, key, value in _values(shared.config):
+        _check_place(shared, path, key, value)
         if _owner(value) in owners and path not in _OWNED_KEYS:
-            found.warnings.append(
+            shared.warnings.append(
                 f"{path}: {value!r} belongs to an account that this file pushes to. If it is "
                 "private, others cannot train with it; this cannot be known offline."
             )
-    _check_comments(found, text)
+    for number, line in enumerate(text.splitlines(), start=1):
+        if comment := _COMMENT.search(line):
+            _, secrets = hide(comment.group(1), comment=True)
+            shared.warnings.extend(
+                f"line {number}: *** looks like {secret.kind}. Remove it, and revoke it if anyone "
+                "has seen the file."
+                for secret in secrets
+                if secret.text not in values  # A value can hold a # too.
+            )
     for key, consequence in _ACCOUNT_KEYS.items():
-        account = raw.get(key)
+        account = shared.config.get(key)
         if not isinstance(account, str) or not account:
             continue
         if key == "mlflow_tracking_uri" and "://" not in account:  # A local folder.
             continue
         if key not in _OWNED_KEYS or _owner(account):
-            found.warnings.append(f"{key}: {account!r}: {consequence}. Leave it empty.")
-    _note_logins(found, raw)
-    return found
+            shared.warnings.append(f"{key}: {account!r}: {consequence}. Leave it empty.")
+    if raw.get("hf_use_auth_token") is True:
+        shared.remarks.append(
+            "hf_use_auth_token: true says that a model or data set here needs a login. Whether it "
+            "is gated, or private and so of no use to others, cannot be known offline."
+        )
+    return shared
 
 
-def hidden(text: str, secrets: set[str]) -> str:
-    """``text`` with each secret replaced by three asterisks."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        for form in (secret, repr(secret)[1:-1]):  # Messages quote values.
-            text = text.replace(form, "***")
-    return text
+def _without_secrets(
+    shared: Shared, values: set[str], value: Any, path: str = "", key: str = ""
+) -> Any:
+    """A copy of ``value`` with a mark in place of each secret, which gets a warning."""
+    if isinstance(value, Mapping):
+        copy = {}
+        for name, item in value.items():
+            name = _without_secrets(shared, values, name, path or "a key")
+            inner = f"{path}.{name}" if path else str(name)
+            copy[name] = _without_secrets(shared, values, item, inner, str(name))
+        return copy
+    if isinstance(value, list | tuple | set):
+        items = enumerate(value)
+        return type(value)(
+            _without_secrets(shared, values, item, f"{path}[{index}]", key) for index, item in items
+        )
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        return value
+    hidden, secrets = hide(str(value), "" if key in _ACCOUNT_KEYS else key)
+    if not secrets:
+        return value
+    values.update(secret.text for secret in secrets)
+    shared.warnings.append(
+        f"{path}: *** looks like {secrets[0].kind}. Remove it, revoke it if anyone has seen the "
+        "file, and use an environment variable or the tool's own login instead."
+    )
+    return hidden
 
 
 def _owner(hub_id: object) -> str | None:
@@ -132,9 +133,9 @@ def _owner(hub_id: object) -> str | None:
 
 
 def _values(value: object, path: str = "", key: str = "") -> Iterator[tuple[str, str, str]]:
-    """Key path, last key and text of each text and number in a config: datasets[0].path."""
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        yield path, key, str(value)
+    """Key path, last key and text of each text in a config: datasets[0].path."""
+    if isinstance(value, str):
+        yield path, key, value
     elif isinstance(value, Mapping):
         for name, item in value.items():
             yield from _values(item, f"{path}.{name}" if path else str(name), str(name))
@@ -143,78 +144,18 @@ def _values(value: object, path: str = "", key: str = "") -> Iterator[tuple[str,
             yield from _values(item, f"{path}[{index}]", key)
 
 
-def _check_secret(found: Found, path: str, key: str, value: str) -> None:
-    tokens = list(_tokens(value))
-    if not tokens:
-        named = [(key, value), *_EXPORTED.findall(value)]
-        tokens = [token for name, text in named for token in _named_secret(name, text)]
-    for _, secret in tokens:
-        _hide(found, secret)
-    if tokens:
-        found.warnings.append(
-            f"{path}: *** looks like {tokens[0][0]}. Remove it, revoke it if anyone has seen the "
-            "file, and use an environment variable or the tool's own login instead."
-        )
-
-
-def _tokens(text: str) -> Iterator[tuple[str, str]]:
-    """Each secret that can be told by its own look, after what it is."""
-    for token in _TOKEN.finditer(text):
-        kind = list(_TOKENS)[(token.lastindex or 1) - 1]
-        yield kind, text if kind == "a private key" else token.group()
-    for url in _URL.finditer(text):
-        if _SIGNATURE.search(url.group()):
-            yield "a signed URL", url.group()
-
-
-def _named_secret(key: str, value: str) -> Iterator[tuple[str, str]]:
-    """A secret that its key gives away, after what it is."""
-    if _HEX_40.fullmatch(value.strip()) and not _COMMIT_KEY.search(key.lower()):
-        yield "40 hexadecimal digits, as a wandb key has", value.strip()
-    elif _SECRET_KEY.search(key.lower()) and not _PLACEHOLDER.fullmatch(value):
-        yield "a secret, by the name of the key", value
-
-
-def _hide(found: Found, secret: str) -> None:
-    # A shorter one would blot out parts of other words.
-    found.secrets.update(part for part in (secret, *secret.splitlines()) if len(part) > 5)
-
-
-def _check_place(found: Found, path: str, key: str, value: str) -> None:
+def _check_place(shared: Shared, path: str, key: str, value: str) -> None:
     if _ABSOLUTE.fullmatch(value) or (_SHORT_ABSOLUTE.fullmatch(value) and _PATH_KEY.search(key)):
-        found.warnings.append(
+        shared.warnings.append(
             f"{path}: {value!r} is a path of this machine. Write one relative to the folder in "
             "which axolotl is run, such as ./data, or a hub id."
         )
     elif home := _HOME.search(value):
-        found.warnings.append(
+        shared.warnings.append(
             f"{path}: names the home directory {home.group()!r}. Write a relative path."
         )
     elif _BUCKET.match(value):
-        found.warnings.append(
+        shared.warnings.append(
             f"{path}: {value!r} lies in a bucket, which others cannot read unless it is public. "
             "Name a public data set, or say who may read it and remove this."
-        )
-
-
-def _check_comments(found: Found, text: str) -> None:
-    """Warn of secrets that are in the file, but in no value: in a comment or in a key."""
-    for number, line in enumerate(text.splitlines(), start=1):
-        comment = _COMMENT.search(line)
-        named = _ASSIGNED.findall(comment.group(1)) if comment else []
-        tokens = [*_tokens(line), *(token for pair in named for token in _named_secret(*pair))]
-        for kind, secret in tokens:
-            if not any(secret in known for known in found.secrets):
-                _hide(found, secret)
-                found.warnings.append(
-                    f"line {number}: *** looks like {kind}. Remove it, and revoke it if anyone has "
-                    "seen the file."
-                )
-
-
-def _note_logins(found: Found, raw: Mapping[str, object]) -> None:
-    if raw.get("hf_use_auth_token") is True:
-        found.remarks.append(
-            "hf_use_auth_token: true says that a model or data set here needs a login. Whether it "
-            "is gated, or private and so of no use to others, cannot be known offline."
         )

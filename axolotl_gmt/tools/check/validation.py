@@ -1,25 +1,25 @@
-"""What Axolotl and GMT say of a config that is not trained, for `axolotl gmt check`.
+"""What Axolotl and GMT say of a config that is not trained.
 
-Apart from :mod:`axolotl_gmt.integrations.axolotl`, since a training needs none of it.
+Runs in a process that only checks (see :mod:`axolotl_gmt.tools.check.child`): without GPUs and
+offline, and with Axolotl's plugins replaced for good.
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib.util
 import logging
 import math
 import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import resources
 from importlib.resources.abc import Traversable
 from os.path import exists, expanduser, isfile
-from unittest.mock import patch
 
 import torch
 from axolotl.integrations.base import (
@@ -30,10 +30,10 @@ from axolotl.integrations.base import (
     get_builtin_plugins,
     normalize_plugin_name,
 )
+from axolotl.utils import config as axolotl_config
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import MultiProcessAdapter
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from transformers import PreTrainedModel
 
 from axolotl_gmt.integrations.axolotl.plugin import (
     BARE_NAME,
@@ -49,8 +49,13 @@ from axolotl_gmt.integrations.axolotl.plugin import (
 # Their code is Axolotl's or GMT's own.
 _TRUSTED = {BARE_NAME, NAME, LONG_NAME, *BUILTIN_PLUGINS}
 
-# Keys that end in `_size`, whose product is the least number of GPUs.
-_PARALLEL = ("tensor_parallel", "expert_parallel", "dp_shard", "dp_replicate")
+# Keys whose product is the least number of GPUs.
+PARALLEL_SIZES = (
+    "tensor_parallel_size",
+    "expert_parallel_size",
+    "dp_shard_size",
+    "dp_replicate_size",
+)
 
 # What a path of this machine looks like, where a name on the hub could stand as well.
 _LOCAL = re.compile(r"(?!.*://)(?:\.{0,2}/.*|~.*|.*\.(?:jsonl?|parquet|csv|arrow|txt))")
@@ -67,9 +72,9 @@ class Validation:
         switch: Whether GMT is on; None if its own keys are in error.
         errors: Why a run would not start, a line each.
         remarks: What Axolotl warns of, and what was not checked.
-        freezing: A plugin that freezes parameters, or may.
+        may_freeze: A plugin that freezes parameters, or may.
         known_keys: Top-level keys that Axolotl, GMT and listed integrations of Axolotl read.
-        strangers: Plugins whose keys are not known, since they are not imported.
+        unknown_plugins: Plugins whose keys are not known, since they are not imported.
     """
 
     config: DictDefault
@@ -77,9 +82,9 @@ class Validation:
     switch: Switch | None = None
     errors: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
-    freezing: str | None = None
+    may_freeze: str | None = None
     known_keys: set[str] = field(default_factory=set)
-    strangers: list[str] = field(default_factory=list)
+    unknown_plugins: list[str] = field(default_factory=list)
 
 
 def validated(raw: Mapping[str, object], gpus: int | None = None) -> Validation:
@@ -93,45 +98,61 @@ def validated(raw: Mapping[str, object], gpus: int | None = None) -> Validation:
         raw: What the YAML file holds, with keys in text; it is left alone.
         gpus: How many GPUs train; by default the fewest that the config's own keys ask for.
     """
-    from axolotl.integrations.config import merge_input_args
-
     raw = deepcopy(dict(raw))  # Axolotl's validators write into what they validate.
-    found = Validation(DictDefault(raw), errors=_misshapen(raw))
-    if found.errors:
-        return found
-    cfg = found.config
-    found.gpus = gpus or _fewest_gpus(cfg)
-    _read_plugins(cfg, found)
-    with _axolotl_warnings(found.remarks), _no_other_plugins(cfg):
+    result = Validation(DictDefault(raw), errors=_misshapen(raw))
+    if result.errors:
+        return result
+    cfg = result.config
+    result.gpus = gpus or _fewest_gpus(cfg)
+    _read_plugins(cfg, result)
+    _only_trusted_plugins(cfg)
+    MultiProcessAdapter.warning_once.cache_clear()  # Once for each config, not for each process.
+    logger, collector = logging.getLogger("axolotl"), _Collector(result.remarks)
+    logger.addHandler(collector)
+    try:
         stumbled = None
         try:
-            found.switch = settle(cfg)
+            result.switch = settle(cfg)
         except ValueError as error:
-            found.errors += str(error).splitlines()
+            result.errors += str(error).splitlines()
         except (AttributeError, TypeError) as error:
             stumbled = error  # Over a nested value of the wrong type; the schema may name it.
-        _, schema = merge_input_args()
-        found.known_keys |= _field_names(schema)
+        _, schema = axolotl_config.merge_input_args()
+        result.known_keys |= _field_names(schema)
         try:
-            found.config = _as_on_gpus(cfg, found.gpus)
+            result.config = _as_on_gpus(cfg, result.gpus)
         except ValidationError as error:
-            found.errors += [
+            result.errors += [
                 line
                 for line in _explain_schema(error, cfg)
-                if found.switch or not line.startswith(PREFIX)  # Said already, with the fix.
+                if result.switch or not line.startswith(PREFIX)  # Said already, with the fix.
             ]
         except (AttributeError, IndexError, KeyError, RecursionError, TypeError) as error:
-            found.errors += _wrong_types(schema, raw) or [
+            result.errors += _wrong_types(schema, raw) or [
                 f"Axolotl's own check of the config ends in {type(error).__name__}: {error}"
             ]
+        except MemoryError:
+            raise
         except Exception as error:  # Its validators raise errors, and warnings, of many kinds.
-            found.errors.append(str(error) or type(error).__name__)
-        if found.switch and not found.strangers:  # A plugin can put another name in its place.
-            found.errors += _unknown_optimizer(found.config.get("optimizer"))
-        if stumbled and not found.errors:
-            found.errors.append(f"GMT's check ends in {type(stumbled).__name__}: {stumbled}")
-    _note_what_was_not_checked(found)
-    return found
+            result.errors.append(str(error) or type(error).__name__)
+        if (
+            result.switch and not result.unknown_plugins
+        ):  # A plugin can put another name in its place.
+            result.errors += _unknown_optimizer(result.config.get("optimizer"))
+        if stumbled and not result.errors:
+            result.errors.append(f"GMT's check ends in {type(stumbled).__name__}: {stumbled}")
+    finally:
+        logger.removeHandler(collector)
+    _note_what_was_not_checked(result)
+    return result
+
+
+def build_schema_once() -> None:
+    """Let Axolotl build the schema of configs for the first file only; it takes most of a check.
+
+    The schema depends on the plugins alone, and :func:`validated` gives each config the same.
+    """
+    axolotl_config.merge_input_args = functools.cache(axolotl_config.merge_input_args)
 
 
 def _unknown_optimizer(optimizer: object) -> list[str]:
@@ -145,43 +166,7 @@ def _unknown_optimizer(optimizer: object) -> list[str]:
     return []
 
 
-def prepare_model(model: PreTrainedModel, cfg: DictDefault) -> torch.nn.Module:
-    """Freeze parameters and add the adapter as Axolotl does with a validated config.
-
-    Args:
-        model: On the meta device, where shapes are all that there is; it is changed.
-        cfg: As :func:`validated` returns it.
-
-    Raises:
-        ValueError: If more than shapes is needed to tell what the config trains.
-    """
-    from axolotl.loaders.adapter import load_lora
-    from axolotl.utils.freeze import freeze_layers_except, freeze_mm_modules
-    from peft import get_peft_model
-
-    prepared: torch.nn.Module = model
-    with _axolotl_warnings([]), _no_other_plugins(cfg), torch.device("meta"):
-        if cfg.get("adapter"):
-            if cfg["adapter"] not in ("lora", "qlora") or cfg.get("lora_model_dir"):
-                raise ValueError("only LoRA and QLoRA adapters that start anew are counted")
-            _, config = load_lora(model, cfg, config_only=True)
-            config.init_lora_weights, config.loftq_config = True, {}  # Others need the weights.
-            prepared = get_peft_model(model, config)
-        if cfg.get("unfrozen_parameters"):
-            freeze_layers_except(prepared, cfg["unfrozen_parameters"])
-        if cfg.get("freeze_mm_modules"):
-            freeze_mm_modules(prepared)
-    # Axolotl's muon for one GPU steps no vectors; muon_8bit and the one for several do.
-    meshes = ("fsdp", "fsdp_config", "context_parallel_size", *(f"{k}_size" for k in _PARALLEL))
-    if cfg.get("optimizer") == "muon" and all(cfg.get(key) in (None, False, 1) for key in meshes):
-        for parameter in prepared.parameters():
-            parameter.requires_grad &= parameter.ndim > 1
-    return prepared
-
-
 def _as_on_gpus(cfg: DictDefault, gpus: int) -> DictDefault:
-    from axolotl.utils.config import validate_config
-
     capabilities = {
         "bf16": True,
         "fp8": True,
@@ -189,11 +174,9 @@ def _as_on_gpus(cfg: DictDefault, gpus: int) -> DictDefault:
         "n_gpu": gpus,
         "compute_capability": "sm_90",
     }
-    # Where there is a GPU, Axolotl looks for flash-attn on the machine and on the hub.
-    with patch.object(torch.cuda, "is_available", return_value=False):
-        return validate_config(
-            cfg, capabilities, {"torch_version": torch.__version__.partition("+")[0]}
-        )
+    return axolotl_config.validate_config(
+        cfg, capabilities, {"torch_version": torch.__version__.partition("+")[0]}
+    )
 
 
 def _misshapen(raw: Mapping[str, object]) -> list[str]:
@@ -208,14 +191,14 @@ def _misshapen(raw: Mapping[str, object]) -> list[str]:
         errors.append("datasets: is not a list of mappings. Write each one as '- path: ...'.")
     if isinstance(deepspeed, str) and exists(deepspeed) and not isfile(deepspeed):
         errors.append(f"deepspeed: {deepspeed!r} is not a file. Name a JSON file.")
-    for key in (f"{kind}_size" for kind in _PARALLEL):
+    for key in PARALLEL_SIZES:
         if isinstance(size := raw.get(key), int) and size < 0:
             errors.append(f"{key}: {size!r} is no number of GPUs. Set 1 or more, or remove it.")
     return errors
 
 
 def _fewest_gpus(cfg: DictDefault) -> int:
-    sizes = [cfg.get(f"{kind}_size") for kind in _PARALLEL]
+    sizes = [cfg.get(key) for key in PARALLEL_SIZES]
     block = cfg.get("context_parallel")
     sizes.append(
         cfg.get("context_parallel_size")
@@ -226,7 +209,7 @@ def _fewest_gpus(cfg: DictDefault) -> int:
     return max(gpus, 2) if cfg.get("fsdp_config") or cfg.get("deepspeed") else gpus
 
 
-def _read_plugins(cfg: DictDefault, found: Validation) -> None:
+def _read_plugins(cfg: DictDefault, result: Validation) -> None:
     """Find out which keys listed plugins add, where their source tells without being run."""
     shipped = {
         entry.name: entry
@@ -238,23 +221,23 @@ def _read_plugins(cfg: DictDefault, found: Validation) -> None:
         integration = plugin.removeprefix("axolotl.integrations.").partition(".")[0]
         package = plugin.partition(".")[0]
         if integration in shipped:
-            found.known_keys |= _keys_in_source(shipped[integration] / "args.py")
+            result.known_keys |= _keys_in_source(shipped[integration] / "args.py")
             if integration == "spectrum":
-                found.freezing = plugin
+                result.may_freeze = plugin
         elif plugin.startswith("axolotl.integrations."):
-            found.errors.append(
+            result.errors.append(
                 f"plugins: {plugin!r} is not in the Axolotl that is installed here."
             )
         elif package == BARE_NAME or (
             difflib.get_close_matches(package, [BARE_NAME], cutoff=0.8)
             and not importlib.util.find_spec(package)
         ):
-            found.errors.append(f"plugins: there is no {plugin!r}. Did you mean {BARE_NAME}?")
+            result.errors.append(f"plugins: there is no {plugin!r}. Did you mean {BARE_NAME}?")
         else:
-            found.strangers.append(plugin)
-            found.freezing = plugin
+            result.unknown_plugins.append(plugin)
+            result.may_freeze = plugin
     if listed - _TRUSTED:
-        found.remarks.append(
+        result.remarks.append(
             f"plugins: {', '.join(sorted(listed - _TRUSTED))}: not imported, so what they check "
             "themselves was not checked."
         )
@@ -281,25 +264,22 @@ class _NotImported(BasePlugin):
         return [AdapterCapabilities(str(self._adapter), lora_like=True, relora=True)]
 
 
-@contextmanager
-def _no_other_plugins(cfg: DictDefault) -> Iterator[None]:
-    """Axolotl's plugin manager with GMT and what Axolotl always loads, and no code of others."""
+def _only_trusted_plugins(cfg: DictDefault) -> None:
+    """Give Axolotl's plugin manager GMT and what Axolotl always loads, and no code of others."""
     manager = PluginManager()
-    before, manager.plugins = manager.plugins, OrderedDict()
-    try:
-        for name in BUILTIN_PLUGINS:
-            manager.register(name)
-        manager.plugins[NAME] = GMTPlugin()
-        for name in (*get_builtin_plugins(), *(cfg.get("plugins") or [])):
-            # Axolotl does not load a name that stands here already.
-            plugin = _NotImported(cfg.get("adapter"))
-            manager.plugins.setdefault(normalize_plugin_name(name), plugin)
-        yield
-    finally:
-        manager.plugins = before
+    manager.plugins = OrderedDict()
+    for name in BUILTIN_PLUGINS:
+        manager.register(name)
+    manager.plugins[NAME] = GMTPlugin()
+    for name in (*get_builtin_plugins(), *(cfg.get("plugins") or [])):
+        # Axolotl does not load a name that stands there already.
+        plugin = _NotImported(cfg.get("adapter"))
+        manager.plugins.setdefault(normalize_plugin_name(name), plugin)
 
 
 class _Collector(logging.Handler):
+    """Collects what Axolotl warns of, as remarks."""
+
     def __init__(self, lines: list[str]) -> None:
         super().__init__(logging.WARNING)
         self._lines = lines
@@ -308,19 +288,6 @@ class _Collector(logging.Handler):
         line = f"Axolotl warns: {record.getMessage()}"
         if line not in self._lines:
             self._lines.append(line)
-
-
-@contextmanager
-def _axolotl_warnings(lines: list[str]) -> Iterator[None]:
-    """Collect what Axolotl's loggers warn of, which else goes to stdout."""
-    logger = logging.getLogger("axolotl")
-    before, propagate = logger.handlers, logger.propagate
-    MultiProcessAdapter.warning_once.cache_clear()  # Once for each config, not for each process.
-    logger.handlers, logger.propagate = [_Collector(lines)], False
-    try:
-        yield
-    finally:
-        logger.handlers, logger.propagate = before, propagate
 
 
 def _field_names(schema: type[BaseModel]) -> set[str]:
@@ -392,21 +359,21 @@ def _wrong_types(schema: type[BaseModel], raw: Mapping[str, object]) -> list[str
     return lines
 
 
-def _note_what_was_not_checked(found: Validation) -> None:
-    attention, deepspeed = (found.config.get(k) for k in ("attn_implementation", "deepspeed"))
-    missing = [f"{key}: {path}" for key, path in _inputs(found.config) if not exists(path)]
+def _note_what_was_not_checked(result: Validation) -> None:
+    attention, deepspeed = (result.config.get(k) for k in ("attn_implementation", "deepspeed"))
+    missing = [f"{key}: {path}" for key, path in _inputs(result.config) if not exists(path)]
     if missing:
-        found.remarks.append(
+        result.remarks.append(
             f"{', '.join(missing)}: not here. Paths are relative to the folder in which axolotl is "
             "run; the training needs them."
         )
     if isinstance(attention, str) and attention.startswith("flash_attention"):
-        found.remarks.append(
+        result.remarks.append(
             f"attn_implementation: {attention} was not looked for; it must be where the training "
             "is."
         )
     if isinstance(deepspeed, str) and not isfile(deepspeed):
-        found.remarks.append(
+        result.remarks.append(
             f"deepspeed: {deepspeed} is not here, so what it holds was not checked. Its path is "
             "relative to the folder in which axolotl is run; `axolotl fetch deepspeed_configs` "
             "gets those of Axolotl."
