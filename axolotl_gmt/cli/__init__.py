@@ -188,8 +188,9 @@ def report(run_dir: Path, output: Path | None, as_json: bool) -> None:
       axolotl gmt report outputs/sft
       axolotl gmt report outputs/sft/checkpoint-500 -o /tmp/report --json
     """  # noqa: D301
+    from axolotl_gmt.record import FOLDER
     from axolotl_gmt.report.log import LogError, find_state, read_log
-    from axolotl_gmt.report.page import FOLDER, ReportError, facts, write_report
+    from axolotl_gmt.report.page import ReportError, facts, write_report
 
     columns = (TextColumn("Drawing"), BarColumn(), MofNCompleteColumn())
     try:

@@ -232,7 +232,7 @@ def _duplicates(node: yaml.Node) -> Iterator[str]:
 
 def _check_config(report: Report, raw: Mapping[str, object], gpus: int | None) -> None:
     with _alone():
-        from axolotl_gmt.integrations.axolotl import plugin
+        from axolotl_gmt.integrations.axolotl.args import read_config
         from axolotl_gmt.tools.check import validation
 
         found = validation.validated(raw, gpus)
@@ -247,7 +247,7 @@ def _check_config(report: Report, raw: Mapping[str, object], gpus: int | None) -
         name = getattr(optimizer, "value", optimizer)  # Axolotl's default is a member of an enum.
         report.gmt = Plan(*found.switch, base_optimizer=name if isinstance(name, str) else None)
         if found.switch.enabled:
-            settings = plugin.read_config(found.config)
+            settings = read_config(found.config)
             report.gmt.settings = settings.model_dump()
             if report.errors:
                 report.gmt.not_counted = "the config has errors"

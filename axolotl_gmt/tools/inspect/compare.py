@@ -15,15 +15,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from axolotl_gmt.names import (
-    layer_name,
-    model_order,
-    module_type,
-    natural_order,
-    place,
-    stack_labels,
-    stack_name,
-)
+from axolotl_gmt.names import layer_name, place
+from axolotl_gmt.report.modules import module_type, natural_order, stack_labels, stack_name
 from axolotl_gmt.tools.inspect.checkpoint import (
     Adapter,
     Checkpoint,
@@ -120,7 +113,7 @@ class Comparison:
     tuned: Path
     compared: Compared
     tensors: dict[str, Change]
-    """By name, in the order in which a model applies them."""
+    """By name, in natural order: layer 10 after layer 9."""
     only_in_base: list[str] = field(default_factory=list)
     only_in_tuned: list[str] = field(default_factory=list)
     reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
@@ -368,7 +361,7 @@ class _AdapterPair(_Pair):
 def _compare(
     pair: _Pair, compared: Compared, on_progress: Callable[[int, int], object] | None
 ) -> Comparison:
-    stored, tuned = pair.base.tensors, sorted(pair.names(), key=model_order)
+    stored, tuned = pair.base.tensors, sorted(pair.names(), key=natural_order)
     shared = [name for name in tuned if name in stored]
     if not shared:
         raise CheckpointError(
@@ -399,12 +392,12 @@ def _compare(
         tuned=pair.path,
         compared=compared,
         tensors=changes,
-        only_in_base=sorted(all_base - all_tuned, key=model_order),
-        only_in_tuned=sorted(all_tuned - all_base, key=model_order),
+        only_in_base=sorted(all_base - all_tuned, key=natural_order),
+        only_in_tuned=sorted(all_tuned - all_base, key=natural_order),
         reshaped={
             name: (stored[name].shape, pair.shape(name)) for name in shared if name not in changes
         },
-        not_weights=sorted((all_base & all_tuned).difference(shared), key=model_order),
+        not_weights=sorted((all_base & all_tuned).difference(shared), key=natural_order),
         converted=Counter(dtype for dtype in dtypes if dtype[0] != dtype[1]),
     )
 

@@ -23,16 +23,10 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from axolotl_gmt.cli import gmt
+from axolotl_gmt.record import FOLDER, GRAD_NORM_KEPT, KEPT_FRACTION
 from axolotl_gmt.report import page as report_module
-from axolotl_gmt.report.log import (
-    GRAD_NORM_KEPT,
-    KEPT_FRACTION,
-    LogError,
-    TrainingLog,
-    find_state,
-    parse_state,
-)
-from axolotl_gmt.report.page import FOLDER, PAGE, ReportError, facts, write_report
+from axolotl_gmt.report.log import LogError, TrainingLog, find_state, parse_state
+from axolotl_gmt.report.page import PAGE, ReportError, facts, write_report
 
 KINDS = ("self_attn.q_proj", "mlp.down_proj")
 HOSTILE = "</title><script>alert(1)</script>$\\frac{[red]\x07\ud800"
@@ -193,7 +187,7 @@ def test_a_curve_has_the_last_value_of_each_step(
     history: list[Log], steps: list[int], losses: list[float]
 ) -> None:
     curve = parse_state({"log_history": history}, "run").curves["loss"]
-    assert curve.steps == steps
+    assert curve.steps.tolist() == steps
     np.testing.assert_array_equal(curve.values, losses)
 
 
