@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from axolotl_gmt.config import GMTConfig as GMTConfig
     from axolotl_gmt.integrations.axolotl.plugin import GMTPlugin as GMTPlugin
     from axolotl_gmt.integrations.callback import GMTCallback as GMTCallback
+    from axolotl_gmt.integrations.report_callback import GMTReportCallback as GMTReportCallback
     from axolotl_gmt.masking.masker import GradientMasker as GradientMasker
 
 __version__ = "0.1.0"
@@ -16,10 +17,11 @@ _HOME = {
     "GMTCallback": "integrations.callback",
     "GMTConfig": "config",
     "GMTPlugin": "integrations.axolotl.plugin",
+    "GMTReportCallback": "integrations.report_callback",
     "GradientMasker": "masking.masker",
 }
 
-__all__ = ["GMTCallback", "GMTConfig", "GMTPlugin", "GradientMasker"]
+__all__ = ["GMTCallback", "GMTConfig", "GMTPlugin", "GMTReportCallback", "GradientMasker"]
 
 
 def __getattr__(name: str) -> object:

@@ -115,7 +115,7 @@ def test_the_readme_leads_to_every_page() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_snippet_can_be_parsed_and_sets_keys_that_exist(page: str) -> None:
-    from axolotl_gmt.integrations.axolotl.plugin import GMTArgs
+    from axolotl_gmt.integrations.axolotl.args import GMTArgs
 
     for text in snippets(ROOT / page, "yaml"):
         settings = yaml.safe_load(text)
@@ -132,7 +132,7 @@ def test_every_snippet_can_be_parsed_and_sets_keys_that_exist(page: str) -> None
 
 def defaults() -> dict[str, str]:
     """Every key and its default as a page writes it."""
-    from axolotl_gmt.integrations.axolotl.plugin import PREFIX, GMTArgs
+    from axolotl_gmt.integrations.axolotl.args import PREFIX, GMTArgs
 
     of_config = {PREFIX + name: field.default for name, field in GMTConfig.model_fields.items()}
     values = {key: of_config.get(key) for key in GMTArgs.model_fields}

@@ -43,8 +43,9 @@ def report(run_dir: Path, output: Path | None, as_json: bool) -> None:
       axolotl gmt report outputs/sft
       axolotl gmt report outputs/sft/checkpoint-500 -o /tmp/report --json
     """  # noqa: D301
+    from axolotl_gmt.record import FOLDER
     from axolotl_gmt.report.log import find_state, read_log
-    from axolotl_gmt.report.page import FOLDER, facts, write_report
+    from axolotl_gmt.report.page import facts, write_report
 
     columns = (TextColumn("Drawing"), BarColumn(), MofNCompleteColumn())
     state = find_state(run_dir)

@@ -1,15 +1,13 @@
 """GMT in a Transformers or TRL trainer: attaches the masker when training begins, logs statistics.
 
-The only module that knows trainers. It knows nothing of Axolotl.
+Knows nothing of Axolotl, and draws nothing.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-import shlex
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,12 +17,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 
 from axolotl_gmt.config import GMTConfig
-from axolotl_gmt.files import whole
-from axolotl_gmt.gradients.shard import shape
-from axolotl_gmt.gradients.zero import check_deepspeed_config
+from axolotl_gmt.gradients.shard import plain_name, shape
+from axolotl_gmt.integrations.deepspeed_config import check_deepspeed_config
 from axolotl_gmt.masking.masker import GradientMasker
-from axolotl_gmt.report.log import RECORD, STATE_FILE, NothingLoggedError, parse_state
-from axolotl_gmt.report.page import FOLDER, write_report
+from axolotl_gmt.names import kind_name, module_name
+from axolotl_gmt.record import RECORD, Attributes, Record
 
 LOG = logging.getLogger(__name__)
 
@@ -37,7 +34,7 @@ class GMTCallback(TrainerCallback):
     the last step join each training log.
 
     Args:
-        config: All settings at once, or none of them here.
+        config: All settings at once.
         **settings: The fields of :class:`GMTConfig`, such as ``mask_ratio``.
 
     Raises:
@@ -45,14 +42,25 @@ class GMTCallback(TrainerCallback):
         TypeError: If both ``config`` and settings are given.
     """
 
+    is_placed = False
+    """Whether it is in front of its trainer's callbacks already, by :meth:`put_first`."""
+
     def __init__(self, config: GMTConfig | None = None, **settings: Any) -> None:
         if config is not None and settings:
             raise TypeError("Give GMTCallback either a config or settings, not both.")
         self.config = config or GMTConfig(**settings)
-        self.base_optimizer: str | None = None
-        self.masked_parameters: int | None = None
         self._masker: GradientMasker | None = None
         self._handle: RemovableHandle | None = None
+
+    def put_first(self, callbacks: list[TrainerCallback]) -> None:
+        """Move this callback to the front of the list of a trainer's callback handler.
+
+        A trainer hands one dictionary of logs to its callbacks in turn, those of TensorBoard and
+        wandb before those that a user adds.
+        """
+        if self in callbacks:
+            callbacks.remove(self)
+        callbacks.insert(0, self)
 
     def on_train_begin(
         self,
@@ -69,7 +77,8 @@ class GMTCallback(TrainerCallback):
         deepspeed = getattr(args, "hf_deepspeed_config", None)
         if deepspeed is not None:
             check_deepspeed_config(deepspeed.config)
-        _move_to_front(self)
+        if not self.is_placed and (callbacks := _calling_list()) is not None:
+            self.put_first(callbacks)
         self._detach()
         seed = args.seed if self.config.seed is None else self.config.seed
         self._masker = GradientMasker(
@@ -78,19 +87,21 @@ class GMTCallback(TrainerCallback):
         )
         self._handle = self._masker.attach(optimizer)
         tensors = [shape(tensor) for _, tensor in self._masker.masked_parameters(optimizer)]
-        self.base_optimizer = _innermost(optimizer)
-        self.masked_parameters = sum(size.numel() for size in tensors)
+        attributes = Attributes(
+            base_optimizer=_innermost(optimizer),
+            masked_parameters=sum(size.numel() for size in tensors),
+            module_order=_module_order(model) if self.config.log_modules else [],
+        )
         # Joins every trainer_state.json, so that a checkpoint says how it was trained. A callback
         # that is an ExportableState fails to resume a run that began without it.
-        state.stateful_callbacks[RECORD] = {
-            "args": self._masker.config.model_dump(mode="json"),
-            "attributes": {
-                "base_optimizer": self.base_optimizer,
-                "masked_parameters": self.masked_parameters,
-            },
-        }
+        record = Record(args=self._masker.config.model_dump(mode="json"), attributes=attributes)
+        state.stateful_callbacks[RECORD] = record.model_dump()
         if state.is_world_process_zero:
-            LOG.info(self._describe(len(tensors)))
+            LOG.info(
+                f"Gradient-Mask Tuning: base optimizer {attributes.base_optimizer}, "
+                f"{self.config.selection}; {len(tensors)} tensors with "
+                f"{attributes.masked_parameters:,} parameters under the mask."
+            )
 
     def on_step_begin(
         self,
@@ -116,10 +127,10 @@ class GMTCallback(TrainerCallback):
             return
         statistics = {f"gmt/{key}": value for key, value in self._masker.statistics().items()}
         if state.is_world_process_zero:  # Other ranks need not remember hundreds of numbers a log.
-            for module, found in self._masker.module_statistics().items():
+            for module, of_module in self._masker.module_statistics().items():
                 # One string for each, however many logs refer to it.
-                keys = (sys.intern(f"gmt/{key}/{module}") for key in found)
-                statistics |= dict(zip(keys, found.values(), strict=True))
+                keys = (sys.intern(f"gmt/{key}/{module}") for key in of_module)
+                statistics |= dict(zip(keys, of_module.values(), strict=True))
         if not statistics and state.is_world_process_zero:
             LOG.warning(
                 "GMT has masked nothing so far: no step of the optimizer has shown a gradient. "
@@ -137,21 +148,13 @@ class GMTCallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Leave the optimizer as it was, and a report of the run in its output folder."""
+        """Leave the optimizer as it was."""
         self._detach()
-        if state.is_world_process_zero:
-            _leave_report(state, Path(args.output_dir))
 
     def _detach(self) -> None:
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
-
-    def _describe(self, tensors: int) -> str:
-        return (
-            f"Gradient-Mask Tuning: base optimizer {self.base_optimizer}, {self.config.selection}; "
-            f"{tensors} tensors with {self.masked_parameters:,} parameters under the mask."
-        )
 
 
 def _innermost(optimizer: object) -> str:
@@ -161,34 +164,17 @@ def _innermost(optimizer: object) -> str:
     return type(optimizer).__name__
 
 
-def _leave_report(state: TrainerState, folder: Path) -> None:
-    """Write the trainer's state, which no last checkpoint need have, and the report made of it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with whole(folder / STATE_FILE) as part:
-            state.save_to_json(str(part))
-        log = parse_state(vars(state), folder.resolve().name)
-        page, *_ = write_report(log, folder / FOLDER)
-        LOG.info(f"The report of this run with GMT is {page}")
-    except NothingLoggedError:
-        LOG.warning(
-            f"Gradient-Mask Tuning: there is no report, since this run ended after "
-            f"{state.global_step} steps, before its first log. For the next one set logging_steps "
-            f"(now {state.logging_steps}) to a part of these."
-        )
-    except Exception as error:  # The model has yet to be saved, and no report is worth a model.
-        LOG.warning(
-            f"Gradient-Mask Tuning: the report was not written: {error} Training goes on; make it "
-            f"later with: python -m axolotl_gmt report {shlex.quote(str(folder))}"
-        )
+def _module_order(model: torch.nn.Module) -> list[str]:
+    """The kinds of the modules that have parameters, in the order in which the model has them."""
+    names = (plain_name(name) for name, _ in model.named_parameters())
+    return list(dict.fromkeys(kind_name(module_name(name)) for name in names))
 
 
-def _move_to_front(callback: GMTCallback) -> None:
-    """Put ``callback`` before the reporting callbacks of its trainer.
+def _calling_list() -> list[TrainerCallback] | None:
+    """The callbacks of the trainer that is calling one of them right now.
 
-    A trainer hands one dictionary of logs to its callbacks in turn, TensorBoard and wandb first,
-    and gives a callback no reference to itself or to the list. The list is that of the
-    ``CallbackHandler`` which is calling right now, so it is read from the calling frame.
+    A trainer gives a callback no reference to itself or to the list. It is that of the
+    ``CallbackHandler`` which is calling, so it is read from the calling frame.
     """
     frame: FrameType | None = inspect.currentframe()
     while frame is not None and not isinstance(frame.f_locals.get("self"), CallbackHandler):
@@ -197,7 +183,6 @@ def _move_to_front(callback: GMTCallback) -> None:
         LOG.warning(
             "GMT's statistics will not reach reporting callbacks that come before GMTCallback."
         )
-        return
-    callbacks = frame.f_locals["self"].callbacks
-    callbacks.remove(callback)
-    callbacks.insert(0, callback)
+        return None
+    callbacks: list[TrainerCallback] = frame.f_locals["self"].callbacks
+    return callbacks

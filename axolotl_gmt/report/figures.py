@@ -1,27 +1,32 @@
 """Pictures of what a training did, drawn on axes that the caller owns.
 
-Knows matplotlib and arrays of numbers, nothing of where these come from.
+Knows matplotlib, and nothing of where the numbers come from.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    import numpy as np
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
-    from matplotlib.ticker import Formatter
+import numpy as np
+from matplotlib import colormaps, style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from axolotl_gmt.report.log import Curve
 
 _MISSING = "#e4e4e4"  # No shade of the colour map comes near this grey.
 DPI = 160
 _TICKS = 16  # More column labels than this run into each other.
 _SEPARATED = 64  # Of more columns than this the lines between them would hide the cells.
 _COLOURS = ("#2a7fbf", "#d55e00")  # Told apart by the colour-blind, on white and on black.
+# Which ends of a colour bar are arrows, since there are values below or above its limits.
+_EXTENDED = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}
 _MARKED = 40  # Of more points than this, the line alone shows where they are.
+MOST_POINTS = 2000  # More would fall on the same pixels of a chart.
+LEAST_SPAN = 0.02  # Shares that differ by less than this are noise, which is not to fill an axis.
 _POINTS_IN_MEAN = 60  # How many windows of a moving mean a long line is made of.
 
 
@@ -30,31 +35,24 @@ def heat_map(
     values: np.ndarray,
     rows: Sequence[str],
     columns: Sequence[int],
-    label: str | None,
-    unit: Formatter | None = None,
-    limits: tuple[float, float] | None = None,
+    limits: tuple[float, float],
+    label: str | None = None,
     beside: Sequence[Axes] = (),
 ) -> None:
-    """Draw ``values`` as a grid of colours with a colour bar; the first row is on top.
+    """Draw fractions as a grid of colours with a colour bar in percent; the first row is on top.
 
     Cells that are NaN stay grey. The caller sets the title and the label of the horizontal axis.
 
     Args:
         axes: Where to draw.
-        values: Floats of shape [rows, columns].
+        values: Of shape [rows, columns].
         rows: What each row is, such as a module's name.
-        columns: What each column is, such as the number of a layer or of a step, in ascending
-            order.
+        columns: What each column is, such as the number of a layer or of a step; ascending.
+        limits: The values of the darkest and of the brightest colour.
         label: What the colours mean, written along the colour bar; None draws no bar.
-        unit: How the colour bar writes its numbers, such as ``PercentFormatter(1)``.
-        limits: The values of the darkest and of the brightest colour; by default the smallest and
-            the largest in ``values``.
         beside: Other axes that the colour bar is for as well.
     """
-    import numpy as np
-    from matplotlib import colormaps
-
-    low, high = limits if limits is not None else (None, None)
+    low, high = limits
     image = axes.imshow(
         np.ma.masked_invalid(values),
         aspect="auto",
@@ -63,36 +61,25 @@ def heat_map(
         vmin=low,
         vmax=high,
     )
-    axes.set_yticks(range(len(rows)), rows)
     every = -(-len(columns) // _TICKS)
     axes.set_xticks(range(0, len(columns), every), [str(number) for number in columns[::every]])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    axes.set_yticks(range(len(rows)), rows)
     axes.set_yticks(np.arange(0.5, len(rows) - 1), minor=True)
     if len(columns) <= _SEPARATED:
         axes.set_xticks(np.arange(0.5, len(columns) - 1), minor=True)
     axes.grid(which="minor", color=axes.get_facecolor(), linewidth=0.8)
-    axes.tick_params(which="minor", length=0)
+    axes.tick_params(which="both", length=0)
+    axes.spines[:].set_visible(False)
     if label is not None:
         bar = axes.figure.colorbar(
             image,
             ax=[axes, *beside],
             label=label,
-            format=unit,
+            format=PercentFormatter(1),
             pad=0.02,
-            extend=_ends(values, image),
+            extend=_EXTENDED[bool((values < low).any()), bool((values > high).any())],
         )
         bar.outline.set_visible(False)
-
-
-def _ends(values: np.ndarray, image: AxesImage) -> str:
-    """Which ends of the colour bar have values beyond them; they are drawn as arrows."""
-    import numpy as np
-
-    within = values[np.isfinite(values)]
-    low, high = image.get_clim()
-    below, above = bool((within < low).any()), bool((within > high).any())
-    return {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}[below, above]
 
 
 class LayerMap(NamedTuple):
@@ -125,147 +112,120 @@ def layer_maps(
         layers: Numbers of the columns, in ascending order.
         outside: Names of the modules outside any layer; can be empty.
     """
-    from matplotlib.ticker import PercentFormatter
-
     heights = [max(len(modules), 1), max(len(outside), 1)] * len(maps)
     axes = figure.subplots(2 * len(maps), 1, height_ratios=heights)
     for grid, bars, each in zip(axes[::2], axes[1::2], maps, strict=True):
         limits = _limits(each)
-        if len(outside):
-            heat_map(bars, each.outside[:, None], outside, [0], None, limits=limits)
-            _write_values(bars, each, limits)
-            bars.set_xticks([])
-        else:
-            bars.set_axis_off()
-        unit = PercentFormatter(1)
-        heat_map(grid, each.values, modules, layers, each.label, unit, limits, beside=[bars])
+        heat_map(grid, each.values, modules, layers, limits, each.label, beside=[bars])
         grid.set_title(each.title, loc="left")
         grid.set_xlabel("layer")
+        if not len(outside):
+            bars.set_axis_off()
+            continue
+        heat_map(bars, each.outside[:, None], outside, [0], limits)
+        bars.set_xticks([])
+        for row, value in enumerate(each.outside):
+            if np.isfinite(value):  # Written dark on the bright half of the colours.
+                colour = "black" if value > sum(limits) / 2 else "white"
+                style = {"ha": "center", "va": "center", "color": colour, "fontsize": "small"}
+                bars.text(0, row, f"{value:.2%}", **style)
 
 
 def _limits(each: LayerMap) -> tuple[float, float]:
     """What all but the extreme modules of the layers lie in, and a tenth of it wide at least."""
-    import numpy as np
-
     within = each.values[np.isfinite(each.values)]
     low, high = np.quantile(within, [0.02, 0.98]) if within.size else (0.0, 0.0)
     return (min(low, 0.9 * high), high) if high else (0.0, 1.0)
 
 
-def _write_values(axes: Axes, each: LayerMap, limits: tuple[float, float]) -> None:
-    """Write each bar's value in its middle, dark on the bright half of the colours."""
-    import numpy as np
-
-    for row, value in enumerate(each.outside):
-        if not np.isfinite(value):
-            continue
-        colour = "black" if value > sum(limits) / 2 else "white"
-        text = f"{value:.2%}"
-        axes.text(0, row, text, ha="center", va="center", color=colour, fontsize="small")
-
-
-class Curve(NamedTuple):
-    """A line of a chart: values, of shape [steps], with NaN where there is none."""
-
-    label: str
-    steps: Sequence[int]
-    values: np.ndarray
-
-
-class Reference(NamedTuple):
-    """A value that a chart's lines are to be held against, drawn dashed."""
-
-    label: str
-    value: float
-
-
 def line_chart(
     axes: Axes,
-    curves: Sequence[Curve],
+    curves: Mapping[str, Curve],
     label: str,
-    reference: Reference | None = None,
-    unit: Formatter | None = None,
-    least_span: float = 0.0,
-    most: float | None = None,
+    reference: tuple[str, float] | None = None,
+    is_share: bool = False,
     smooth: bool = True,
 ) -> None:
     """Draw ``curves`` over the optimizer's steps.
 
     Args:
         axes: Where to draw.
-        curves: One or more.
+        curves: One or more, by their labels. Of one with more than ``MOST_POINTS`` values only the
+            extremes of neighbouring values are drawn.
         label: What the values are, written along the vertical axis.
-        reference: A dashed horizontal line.
-        unit: How the vertical axis writes its numbers, such as ``PercentFormatter(1)``.
-        least_span: How much the vertical axis shows at least, so that noise looks small.
-        most: What no value can exceed; the vertical axis ends there at the latest.
+        reference: Label and value of a dashed horizontal line.
+        is_share: Whether the values are fractions of 1: the vertical axis is in percent then, ends
+            at 100 % at the latest, and shows ``LEAST_SPAN`` at least, so that noise looks small.
         smooth: Whether long curves are drawn faint, with their moving mean on top.
     """
-    import numpy as np
-    from matplotlib.ticker import MaxNLocator
-
-    for curve, colour in zip(curves, _COLOURS, strict=False):
+    for (name, curve), colour in zip(curves.items(), _COLOURS, strict=False):
         window = len(curve.steps) // _POINTS_IN_MEAN if smooth else 1
-        few = np.isfinite(curve.values).sum() <= _MARKED
+        shown = _extremes(curve.values)
         axes.plot(
-            curve.steps,
-            curve.values,
+            curve.steps[shown],
+            curve.values[shown],
             color=colour,
             linewidth=1.6 if window < 2 else 0.6,
             alpha=1 if window < 2 else 0.35,
-            marker="o" if few else None,
+            marker="o" if np.isfinite(curve.values).sum() <= _MARKED else None,
             markersize=3.5,
-            label=curve.label if window < 2 else None,
+            label=name if window < 2 else None,
         )
         if window >= 2:
-            mean = _moving_mean(curve.values, window)
-            label_of_mean = f"{curve.label}, moving mean of {window} logs"
-            axes.plot(curve.steps, mean, color=colour, linewidth=1.8, label=label_of_mean)
+            axes.plot(
+                curve.steps[shown],
+                _moving_mean(curve.values, window, shown),
+                color=colour,
+                linewidth=1.8,
+                label=f"{name}, moving mean of {window:,} logs",
+            )
     if reference is not None:
-        text = axes.yaxis.label.get_color()
-        axes.axhline(
-            reference.value,
-            color=text,
-            linewidth=1.2,
-            linestyle=(0, (4, 3)),
-            label=reference.label,
-            zorder=1.5,  # Below the curves.
-        )
-    low, high = axes.get_ylim()
-    if high - low < least_span:
-        middle = (low + high) / 2
-        low, high = middle - least_span / 2, middle + least_span / 2
-    if most is not None:
-        high = min(high, most + (high - low) / 50)  # Leaves room for the line itself.
-    axes.set_ylim(low, high)
+        text, value = reference
+        line = axes.axhline(value, linewidth=1.2, linestyle=(0, (4, 3)), label=text)
+        line.set(color=axes.yaxis.label.get_color(), zorder=1.5)  # Below the curves.
+    if is_share:
+        low, high = at_least(LEAST_SPAN, *axes.get_ylim())
+        axes.set_ylim(low, min(high, 1 + (high - low) / 50))  # Leaves room for the line itself.
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if unit is not None:
-        axes.yaxis.set_major_formatter(unit)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.6, alpha=0.4)
     if len(axes.get_lines()) > 1:
         axes.legend(frameon=False)
 
 
-def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the finite values in a centred window; shorter at the ends, NaN if all are NaN."""
-    import numpy as np
-
-    finite = np.isfinite(values)
-    ones = np.ones(window)
-    total = np.convolve(np.where(finite, values, 0.0), ones, mode="same")
-    count = np.convolve(finite.astype(float), ones, mode="same")
-    mean: np.ndarray = np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0.5)
-    return mean
+def at_least(span: float, low: float, high: float) -> tuple[float, float]:
+    """``low`` and ``high``, moved apart about their middle if they lie closer than ``span``."""
+    middle, half = (low + high) / 2, max(high - low, span) / 2
+    return middle - half, middle + half
 
 
-def render_png(
-    draw: Callable[[Axes], None], width: float, height: float, dark: bool = False
-) -> bytes:
-    """A picture of one pair of axes, as :func:`render_figure` makes it."""
-    return render_figure(lambda figure: draw(figure.subplots()), width, height, dark)
+def neighbours(points: int) -> int:
+    """How many neighbouring points of a curve are drawn as two: the lowest and the highest."""
+    return 2 * -(-points // MOST_POINTS)
+
+
+def _extremes(values: np.ndarray) -> np.ndarray:
+    """Ascending indices of the values to draw: all, or the extremes of runs of neighbours."""
+    if len(values) <= MOST_POINTS:
+        return np.arange(len(values))
+    length = neighbours(len(values))
+    padded = np.append(values, np.full(-len(values) % length, np.nan)).reshape(-1, length)
+    is_missing = np.isnan(padded)
+    lowest = np.where(is_missing, np.inf, padded).argmin(axis=1)
+    highest = np.where(is_missing, -np.inf, padded).argmax(axis=1)
+    starts = np.arange(0, padded.size, length)
+    return np.unique(np.concatenate([starts + lowest, starts + highest]))
+
+
+def _moving_mean(values: np.ndarray, window: int, at: np.ndarray) -> np.ndarray:
+    """Means of the finite values in windows around the indices ``at``; NaN if there is none."""
+    starts = at - window // 2
+    parts = (values[max(start, 0) : start + window] for start in starts)
+    finite = (part[np.isfinite(part)] for part in parts)
+    return np.array([part.mean() if part.size else np.nan for part in finite])
 
 
 def render_figure(
@@ -281,9 +241,6 @@ def render_figure(
         height: Inches.
         dark: Whether it is for a dark page.
     """
-    from matplotlib import style
-    from matplotlib.figure import Figure
-
     text, page = ("#e6e8eb", "#15181c") if dark else ("#1c2024", "#ffffff")
     colours = {f"{key}.color": text for key in ("text", "xtick", "ytick")}
     colours |= {f"axes.{key}": text for key in ("labelcolor", "edgecolor", "titlecolor")}

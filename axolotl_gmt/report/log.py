@@ -1,8 +1,8 @@
 """What the log of a training run says: settings, curves, and what GMT kept in each module.
 
 Reads ``trainer_state.json``, which Transformers writes into every checkpoint and
-:class:`~axolotl_gmt.GMTCallback` into the output folder. Nothing in such a file is trusted. Knows
-neither trainers nor pictures.
+:class:`~axolotl_gmt.GMTReportCallback` into the output folder. Nothing in such a file is trusted.
+Knows neither trainers nor pictures.
 """
 
 from __future__ import annotations
@@ -10,27 +10,25 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from axolotl_gmt.config import GMTConfig
 from axolotl_gmt.errors import UserError
-from axolotl_gmt.names import model_order, module_type, place, stack_labels
+from axolotl_gmt.names import kind_name, place
+from axolotl_gmt.record import GRAD_NORM_KEPT, KEPT_FRACTION, STATE_FILE, STATISTICS, RunState
+from axolotl_gmt.report.modules import module_type, stack_labels
 
-STATE_FILE = "trainer_state.json"
-RECORD = "GMTCallback"
-"""Under which key of ``stateful_callbacks`` a run's GMT settings are."""
-
-KEPT_FRACTION = "gmt/kept_fraction"
-GRAD_NORM_KEPT = "gmt/grad_norm_kept"
-STATISTICS = (KEPT_FRACTION, GRAD_NORM_KEPT)
 CURVES = ("loss", "eval_loss", "learning_rate", *STATISTICS)
 
+_OF_MODULE = tuple(f"{key}/" for key in STATISTICS)
 _COLUMNS = 120  # More steps than this are averaged, so that a heat map's cells can be seen.
 _LONGEST_NAME = 500
 _MOST_LAYERS = 1000
@@ -45,28 +43,18 @@ class NothingLoggedError(UserError):
 
 @dataclass(frozen=True)
 class Curve:
-    """One logged quantity: its values, of shape [logs], at ascending optimizer steps.
+    """One logged quantity: values at ascending optimizer steps, both of shape [logs].
 
     A value that was logged as NaN or infinity is NaN.
     """
 
-    steps: Sequence[int]
+    steps: NDArray[np.int64]
     values: Floats
 
     @property
     def finite(self) -> Floats:
         """The values that are numbers, of shape [at most logs]."""
         return np.asarray(self.values[np.isfinite(self.values)])
-
-    @property
-    def mean(self) -> float | None:
-        """Mean of the finite values."""
-        return float(self.finite.mean()) if self.finite.size else None
-
-    @property
-    def last(self) -> float | None:
-        """The last value; None if it is NaN or infinite."""
-        return float(self.values[-1]) if np.isfinite(self.values[-1]) else None
 
 
 @dataclass(frozen=True)
@@ -102,25 +90,34 @@ class Modules:
 
     def by_step(self) -> Grid:
         """Kinds of modules by step, each the mean over layers."""
-        means = _group(_kinds(self.names), self.totals)
+        means = _means(self._kinds, self.totals)
         return Grid(list(means), self.steps, np.stack(list(means.values())))
 
     def by_layer(self) -> Grid:
         """Kinds of modules in decoder layers by layer, each the mean over steps."""
-        layers = [_layer(name) for name in self.names]
-        means = _group(list(zip(_kinds(self.names), layers, strict=True)), self._over_steps)
-        inside = [(kind, layer) for kind, layer in means if layer is not None]
-        rows = {kind: index for index, kind in enumerate(dict.fromkeys(k for k, _ in inside))}
-        columns = {layer: index for index, layer in enumerate(sorted({x for _, x in inside}))}
+        cells = list(zip(self._kinds, map(_layer, self.names), strict=True))
+        means = {
+            (kind, layer): mean
+            for (kind, layer), mean in _means(cells, self._over_steps).items()
+            if layer is not None
+        }
+        rows = {kind: row for row, kind in enumerate(dict.fromkeys(kind for kind, _ in means))}
+        columns = sorted({layer for _, layer in means})
         values = np.full((len(rows), len(columns)), np.nan)
-        for kind, layer in inside:
-            values[rows[kind], columns[layer]] = means[kind, layer][0]
-        return Grid(list(rows), list(columns), values)
+        for (kind, layer), mean in means.items():
+            values[rows[kind], columns.index(layer)] = mean[0]
+        return Grid(list(rows), columns, values)
 
     def means(self) -> dict[str, float]:
         """Mean over layers and steps, by kind of module."""
-        means = _group(_kinds(self.names), self._over_steps)
+        means = _means(self._kinds, self._over_steps)
         return {kind: float(mean[0]) for kind, mean in means.items() if np.isfinite(mean[0])}
+
+    @property
+    def _kinds(self) -> list[str]:
+        parameters = [f"{name}.weight" for name in self.names]
+        labels = stack_labels(parameters)
+        return [module_type(parameter, labels) for parameter in parameters]
 
     @property
     def _over_steps(self) -> Floats:
@@ -134,8 +131,8 @@ class TrainingLog:
     Args:
         name: The run's name, that of its folder.
         settings: GMT's settings as they were recorded; empty if they were not.
-        base_optimizer: Class name of the optimizer that GMT masked the gradients of.
-        masked_parameters: Entries under the mask.
+        base_optimizer: Class name of the optimizer whose gradients GMT masked.
+        masked_parameters: Number of entries under the mask.
         step: Optimizer steps made.
         max_steps: Optimizer steps planned.
         epoch: Epochs made.
@@ -163,16 +160,24 @@ class TrainingLog:
         """The fraction of entries that each step was to mask, if recorded and in use."""
         if self.settings.get("criterion") == "half":  # It freezes half of the matrices instead.
             return None
-        ratio = _number(self.settings.get("mask_ratio"))
-        return ratio if ratio is not None and 0 <= ratio < 1 else None
+        ratio = self.settings.get("mask_ratio")
+        return float(ratio) if _is_number(ratio) and 0 <= ratio < 1 else None
+
+    @property
+    def settings_yaml(self) -> str:
+        """The settings as an Axolotl config spells them; empty if there are none."""
+        keys = {f"gmt_{name}": value for name, value in self.settings.items()}
+        return yaml.safe_dump(keys, sort_keys=False, width=math.inf) if keys else ""
 
     def mean(self, key: str) -> float | None:
-        """Mean of a logged quantity over the logged steps."""
-        return self.curves[key].mean if key in self.curves else None
+        """Mean of what was logged; None if nothing but NaN and infinity was."""
+        finite = self.curves[key].finite if key in self.curves else np.array([])
+        return float(finite.mean()) if finite.size else None
 
     def last(self, key: str) -> float | None:
-        """The last value of a logged quantity; None if it is NaN or infinite, or there is none."""
-        return self.curves[key].last if key in self.curves else None
+        """The last value that was logged; None if it is NaN or infinite, or there is none."""
+        value = self.curves[key].values[-1] if key in self.curves else math.nan
+        return float(value) if math.isfinite(value) else None
 
     def as_dict(self) -> dict[str, object]:
         """The run in numbers that JSON can hold."""
@@ -207,23 +212,23 @@ def find_state(folder: Path) -> Path:
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist. Name the output_dir of a run.")
     try:
-        states = [folder / STATE_FILE, *folder.glob(f"checkpoint-*/{STATE_FILE}")]
-        found = [(path.stat().st_mtime, _step_of(path), path) for path in states if path.is_file()]
+        files = [folder / STATE_FILE, *folder.glob(f"checkpoint-*/{STATE_FILE}")]
+        states = [(path.stat().st_mtime, _step_of(path), path) for path in files if path.is_file()]
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror or error}.") from error
-    if not found:
+    if not states:
         raise UserError(
             f"{folder} has no {STATE_FILE}, neither itself nor in a checkpoint-* folder. Name the "
             "output_dir of a run that has ended or has saved a checkpoint."
         )
-    return max(found)[-1]
+    return max(states)[-1]
 
 
 def read_log(state_file: Path) -> TrainingLog:
     """The run that a ``trainer_state.json`` is of, named after the folder.
 
     Raises:
-        UserError: If the file cannot be read or is no trainer's state.
+        UserError: If the file cannot be read or is not the state of a trainer.
     """
     try:
         state = json.loads(state_file.read_text(encoding="utf-8"))
@@ -248,19 +253,19 @@ def parse_state(state: object, name: str) -> TrainingLog:
     """The run that a trainer's state is of.
 
     Args:
-        state: The fields of Transformers' ``TrainerState`` by name. Whatever is not as it should
-            be is left out.
+        state: The fields of Transformers' ``TrainerState`` by name. Whatever is not valid is left
+            out.
         name: What to call the run.
 
     Raises:
         NothingLoggedError: If no training step was logged.
         UserError: If nothing else is left.
     """
-    history = state.get("log_history") if isinstance(state, Mapping) else None
-    if not isinstance(state, Mapping) or not isinstance(history, list):
+    run = RunState.read(state)
+    if run.log_history is None:
         raise UserError("there is no log_history, so it is not the state of a trainer.")
-    entries = [entry for entry in history if isinstance(entry, Mapping)]
-    curves = {key: curve for key in CURVES if (curve := _curve(entries, key)) is not None}
+    logged = _read_history(run.log_history)
+    curves = {key: logged[key] for key in CURVES if key in logged}
     if not curves:
         raise NothingLoggedError(
             "no training step was logged. Wait for the run's first log, or train with a smaller "
@@ -268,19 +273,19 @@ def parse_state(state: object, name: str) -> TrainingLog:
         )
     if not any(curve.finite.size for curve in curves.values()):
         raise UserError("every value that was logged is NaN or infinite, so there is none to draw.")
-    modules = {key: found for key in STATISTICS if (found := _modules(entries, key)) is not None}
-    args, attributes = _record(state)
-    optimizer = attributes.get("base_optimizer")
+    args, attributes = run.record.args, run.record.attributes
+    modules = {key: _modules(logged, key, attributes.module_order) for key in STATISTICS}
+    optimizer = attributes.base_optimizer
     return TrainingLog(
         name=printable(name),
         settings=_settings(args),
-        base_optimizer=printable(optimizer) if isinstance(optimizer, str) else None,
-        masked_parameters=_whole_number(attributes.get("masked_parameters")),
-        step=_whole_number(state.get("global_step")),
-        max_steps=_whole_number(state.get("max_steps")),
-        epoch=_number(state.get("epoch")),
+        base_optimizer=None if optimizer is None else printable(optimizer),
+        masked_parameters=attributes.masked_parameters,
+        step=run.global_step,
+        max_steps=run.max_steps,
+        epoch=run.epoch,
         curves=curves,
-        modules=modules,
+        modules={key: value for key, value in modules.items() if value is not None},
     )
 
 
@@ -296,19 +301,6 @@ def _step_of(state_file: Path) -> int:
     return int(number.group(1)) if number else 10**18
 
 
-def _record(state: Mapping[str, object]) -> tuple[Mapping[str, object], Mapping[str, object]]:
-    """What GMTCallback left in a state: its arguments, and what it found when training began."""
-    found: object = state
-    for key in ("stateful_callbacks", RECORD):
-        found = found.get(key) if isinstance(found, Mapping) else None
-    record = found if isinstance(found, Mapping) else {}
-    args, attributes = record.get("args"), record.get("attributes")
-    return (
-        args if isinstance(args, Mapping) else {},
-        attributes if isinstance(attributes, Mapping) else {},
-    )
-
-
 def _settings(args: Mapping[str, object]) -> dict[str, object]:
     """The settings in ``args`` that this version knows and can print; unset ones are left out."""
     settings: dict[str, object] = {}
@@ -316,77 +308,66 @@ def _settings(args: Mapping[str, object]) -> dict[str, object]:
         value = args.get(key)
         if isinstance(value, str):
             settings[key] = printable(value)
-        elif isinstance(value, bool) or _number(value) is not None:
+        elif isinstance(value, bool) or (_is_number(value) and abs(value) < _LARGEST):
             settings[key] = value
-        elif isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
             settings[key] = [printable(item) for item in value]
     return settings
-
-
-def _number(value: object) -> float | None:
-    """``value`` as a finite number; None if it is none."""
-    return float(value) if _is_number(value) and abs(value) < _LARGEST else None
 
 
 def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _whole_number(value: object) -> int | None:
-    """``value`` as a count; None if it is none."""
-    return int(value) if _is_number(value) and 0 <= value < 2**53 and value == int(value) else None
+def _read_history(history: Iterable[object]) -> dict[str, Curve]:
+    """What was logged under each key that the report shows, in the order of the log's keys."""
+    points: dict[str, tuple[list[int], list[float]]] = defaultdict(lambda: ([], []))
+    for entry in history:
+        if not isinstance(entry, Mapping):
+            continue
+        step = entry.get("step")
+        if not _is_number(step) or not 0 <= step < 2**53 or step != int(step):
+            continue
+        for key, value in entry.items():
+            if _is_number(value) and (key in CURVES or key.startswith(_OF_MODULE)):
+                steps, values = points[key]
+                steps.append(int(step))
+                values.append(float(value) if abs(value) < _LARGEST else math.nan)
+    return {key: _curve(*lists) for key, lists in points.items()}
 
 
-def _by_step(entries: Iterable[Mapping[str, object]]) -> Iterable[tuple[int, Mapping[str, object]]]:
-    for entry in entries:
-        step = _whole_number(entry.get("step"))
-        if step is not None:
-            yield step, entry
+def _curve(steps: Sequence[int], values: Sequence[float]) -> Curve:
+    """The curve of some points; the last one of a step that a resumed run logged twice."""
+    order = np.argsort(steps, kind="stable")
+    ordered = np.asarray(steps)[order]
+    is_last = np.append(np.diff(ordered) > 0, True)
+    return Curve(ordered[is_last], np.asarray(values)[order][is_last])
 
 
-def _curve(entries: Iterable[Mapping[str, object]], key: str) -> Curve | None:
-    """What was logged under ``key``; the last of a step that a resumed run logged twice."""
-    logged = {
-        step: number if (number := _number(entry[key])) is not None else math.nan
-        for step, entry in _by_step(entries)
-        if _is_number(entry.get(key))
-    }
-    if not logged:
-        return None
-    steps = sorted(logged)
-    return Curve(steps, np.array([logged[step] for step in steps]))
-
-
-def _modules(entries: Iterable[Mapping[str, object]], statistic: str) -> Modules | None:
-    """What was logged of each module under ``statistic/MODULE``."""
+def _modules(
+    logged: Mapping[str, Curve], statistic: str, module_order: Sequence[str]
+) -> Modules | None:
+    """What was logged of each module under ``statistic/MODULE``; None if there was nothing."""
     prefix = f"{statistic}/"
-    logged = {
-        step: entry
-        for step, entry in _by_step(entries)
-        if any(isinstance(key, str) and key.startswith(prefix) for key in entry)
-    }
-    keys = {key for entry in logged.values() for key in entry if str(key).startswith(prefix)}
-    modules = {key: printable(str(key).removeprefix(prefix)) for key in keys}
-    # A trainer writes its log sorted by alphabet, and keeps it unsorted.
-    order = sorted(modules, key=lambda key: model_order(f"{modules[key]}.weight"))
-    names = {key: row for row, key in enumerate(order)}
-    first, runs = _columns(sorted(logged))
-    totals = np.zeros((len(names), 2, len(first)))
-    for column, run in enumerate(runs):
-        for step in run:
-            for key, value in logged[step].items():
-                if key in names and (number := _number(value)) is not None:
-                    totals[names[key], :, column] += number, 1
-    filled = np.flatnonzero(totals[:, 1].any(axis=1))
-    found = [modules[order[row]] for row in filled]
-    return Modules(found, first, totals[filled], max(map(len, runs))) if found else None
-
-
-def _columns(numbers: Sequence[int]) -> tuple[list[int], list[Sequence[int]]]:
-    """At most ``_COLUMNS`` runs of neighbours of nearly the same length, and the first of each."""
-    every = -(-len(numbers) // _COLUMNS) or 1
-    runs = [numbers[start : start + every] for start in range(0, len(numbers), every)]
-    return [run[0] for run in runs], runs
+    of_modules = [
+        (key.removeprefix(prefix), curve)
+        for key, curve in logged.items()
+        if key.startswith(prefix) and curve.finite.size
+    ]
+    if not of_modules:
+        return None
+    ranks = {kind: rank for rank, kind in enumerate(module_order)}
+    of_modules.sort(key=lambda item: ranks.get(kind_name(item[0]), len(ranks)))
+    steps = np.unique(np.concatenate([curve.steps for _, curve in of_modules]))
+    every = -(-len(steps) // _COLUMNS)
+    first = steps[::every]
+    totals = np.zeros((len(of_modules), 2, len(first)))
+    for total, (_, curve) in zip(totals, of_modules, strict=True):
+        columns = np.searchsorted(steps, curve.steps) // every
+        finite = np.isfinite(curve.values)
+        total[0] = np.bincount(columns[finite], curve.values[finite], len(first))
+        total[1] = np.bincount(columns[finite], minlength=len(first))
+    return Modules([printable(name) for name, _ in of_modules], first.tolist(), totals, every)
 
 
 def _layer(module: str) -> int | None:
@@ -394,13 +375,7 @@ def _layer(module: str) -> int | None:
     return layer if layer is not None and layer < _MOST_LAYERS else None
 
 
-def _kinds(names: Sequence[str]) -> list[str]:
-    parameters = [f"{name}.weight" for name in names]
-    labels = stack_labels(parameters)
-    return [module_type(parameter, labels) for parameter in parameters]
-
-
-def _group[Key: Hashable](keys: Sequence[Key], totals: Floats) -> dict[Key, Floats]:
+def _means[Key: Hashable](keys: Sequence[Key], totals: Floats) -> dict[Key, Floats]:
     """Means, of shape [columns], over all rows of ``totals`` that have the same key."""
     groups: dict[Key, Floats] = {}
     for key, total in zip(keys, totals, strict=True):

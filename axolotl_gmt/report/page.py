@@ -11,39 +11,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from axolotl_gmt import __version__
 from axolotl_gmt.errors import UserError
 from axolotl_gmt.files import whole
+from axolotl_gmt.record import GRAD_NORM_KEPT, KEPT_FRACTION, STATISTICS
 from axolotl_gmt.report import figures
-from axolotl_gmt.report.log import (
-    GRAD_NORM_KEPT,
-    KEPT_FRACTION,
-    STATISTICS,
-    Grid,
-    TrainingLog,
-)
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-FOLDER = "gmt_report"
-"""The name of a report's folder in a run's output folder, unless the user names another."""
+from axolotl_gmt.report.log import Grid, TrainingLog
 
 PAGE = "index.html"
 _GENERATOR = "axolotl-gmt"
 _NAMES = {KEPT_FRACTION: "kept fraction", GRAD_NORM_KEPT: "gradient norm kept"}
-_CHARTS = {key: f"{key.removeprefix('gmt/')}.png" for key in ("loss", "learning_rate", *STATISTICS)}
-_MAPS = {key: f"{key.removeprefix('gmt/')}_by_{{}}.png" for key in STATISTICS}
-
 _MOST_ROWS = 40
 _LONGEST_LABEL = 44
-# Differences below this are noise; no axis or colour bar spreads them over its whole length.
-_LEAST_SPAN = 0.02
-_FLAT = 0.002
+_FLAT = 0.002  # Shares that differ by less than this have one colour.
 
 
 @dataclass(frozen=True)
@@ -57,6 +42,7 @@ class Picture:
     width: float
     height: float
     draw: Callable[[Axes], None]
+    is_map: bool = False
 
 
 Track = Callable[[list[Picture]], Iterable[Picture]]
@@ -92,48 +78,36 @@ def write_report(log: TrainingLog, folder: Path, track: Track = iter) -> list[Pa
 
 def facts(log: TrainingLog) -> list[tuple[str, str]]:
     """What the run was and what came out, as labels and values to print."""
-    ratio = log.mask_ratio
-    finals = {"Final loss": "loss", "Final evaluation loss": "eval_loss"}
-    means = {"Kept fraction, mean": KEPT_FRACTION, "Gradient norm kept, mean": GRAD_NORM_KEPT}
-    step = f"{log.step:,}" if log.step is not None else None
-    if step is not None and log.max_steps:
-        step += f" of {log.max_steps:,}"
+    ratio, step = log.mask_ratio, _amount(log.step)
     texts = {
         "Gradient-Mask Tuning": None if log.has_gmt else "not in the log",
-        "Mask ratio": f"{ratio:.4g} (kept {1 - ratio:.4g})" if ratio is not None else None,
+        "Mask ratio": None if ratio is None else f"{ratio:.4g} (kept {1 - ratio:.4g})",
         "Granularity": log.settings.get("granularity"),
         "Criterion": log.settings.get("criterion"),
         "Base optimizer": log.base_optimizer,
-        "Parameters under the mask": (
-            f"{log.masked_parameters:,}" if log.masked_parameters is not None else None
-        ),
-        "Optimizer steps": step,
-        "Epochs": f"{log.epoch:.4g}" if log.epoch is not None else None,
-        **{
-            label: "NaN or infinite" if (value := log.last(key)) is None else f"{value:.4g}"
-            for label, key in finals.items()
-            if key in log.curves
-        },
-        **{
-            label: "NaN or infinite" if (value := log.mean(key)) is None else f"{value:.2%}"
-            for label, key in means.items()
-            if key in log.curves
-        },
+        "Parameters under the mask": _amount(log.masked_parameters),
+        "Optimizer steps": f"{step} of {log.max_steps:,}" if step and log.max_steps else step,
+        "Epochs": None if log.epoch is None else f"{log.epoch:.4g}",
     }
+    for label, key, number, spec in (
+        ("Final loss", "loss", log.last, ".4g"),
+        ("Final evaluation loss", "eval_loss", log.last, ".4g"),
+        ("Kept fraction, mean", KEPT_FRACTION, log.mean, ".2%"),
+        ("Gradient norm kept, mean", GRAD_NORM_KEPT, log.mean, ".2%"),
+    ):
+        if key in log.curves:
+            value = number(key)
+            texts[label] = "NaN or infinite" if value is None else format(value, spec)
     return [(label, str(text)) for label, text in texts.items() if text is not None]
 
 
-def settings_yaml(log: TrainingLog) -> str:
-    """The recorded settings as an Axolotl config spells them; empty if there are none."""
-    if not log.settings:
-        return ""
-    keys = {f"gmt_{name}": value for name, value in log.settings.items()}
-    return yaml.safe_dump(keys, sort_keys=False, width=math.inf)
+def _amount(number: int | None) -> str | None:
+    return None if number is None else f"{number:,}"
 
 
 def pictures(log: TrainingLog) -> list[Picture]:
     """The pictures that the log has something to show in."""
-    return [*_charts(log), *_maps(log)]
+    return [*_charts(log), *(item for item in _maps(log) if isinstance(item, Picture))]
 
 
 def _charts(log: TrainingLog) -> Iterator[Picture]:
@@ -147,8 +121,8 @@ def _charts(log: TrainingLog) -> Iterator[Picture]:
     norm = "Norm of the masked gradient over the norm of the gradient."
     target = random = None
     if (ratio := log.mask_ratio) is not None:
-        target = figures.Reference(f"1 - mask ratio = {1 - ratio:.4g}", 1 - ratio)
-        random = figures.Reference(f"random mask: √(1 - {ratio:.4g})", math.sqrt(1 - ratio))
+        target = (f"1 - mask ratio = {1 - ratio:.4g}", 1 - ratio)
+        random = (f"random mask: √(1 - {ratio:.4g})", math.sqrt(1 - ratio))
         norm += (
             " Dashed: what a random mask of the same size leaves, in root mean square; the further "
             "above it, the more of the gradient lies in few entries."
@@ -164,121 +138,102 @@ def _chart(
     title: str,
     keys: Mapping[str, str],
     caption: str,
-    reference: figures.Reference | None = None,
+    reference: tuple[str, float] | None = None,
 ) -> Iterator[Picture]:
     """A chart of what was logged under ``keys``, by the name of each line, if anything was."""
-    from matplotlib.ticker import PercentFormatter
-
     curves = {name: log.curves[key] for name, key in keys.items() if key in log.curves}
-    lines = [figures.Curve(name, curve.steps, curve.values) for name, curve in curves.items()]
     if not any(curve.finite.size for curve in curves.values()):
         return
-    first_key = next(iter(keys.values()))
-    is_share = first_key in STATISTICS
+    key = next(iter(keys.values()))
+    is_share = key in STATISTICS
     spec = ".2%" if is_share else ".4g"
-    steps = [step for curve in curves.values() for step in curve.steps]
-    alt = [f"{title} from step {min(steps)} to step {max(steps)}."]
+    first_step = min(curve.steps[0] for curve in curves.values())
+    last_step = max(curve.steps[-1] for curve in curves.values())
+    alt = f"{title} from step {first_step} to step {last_step}."
     for name, curve in curves.items():
-        if curve.finite.size:
-            ends = [curve.finite[0], curve.finite[-1], curve.finite.min(), curve.finite.max()]
+        logged, finite = len(curve.steps), curve.finite
+        if finite.size:
+            ends = [finite[0], finite[-1], finite.min(), finite.max()]
             first, last, low, high = (format(value, spec) for value in ends)
-            alt.append(f"{name.capitalize()}: from {first} to {last}, between {low} and {high}.")
-        broken = len(curve.steps) - curve.finite.size
-        if broken:
+            alt += f" {name.capitalize()}: from {first} to {last}, between {low} and {high}."
+        if finite.size < logged:
             caption += (
-                f" {broken} of {len(curve.steps)} values ({name}) were NaN or infinite, and leave "
-                "gaps."
+                f" {logged - finite.size:,} of {logged:,} values ({name}) were NaN or infinite, "
+                "and leave gaps."
+            )
+        if logged > figures.MOST_POINTS:
+            caption += (
+                f" {logged:,} values ({name}) were logged: drawn are the lowest and the highest of "
+                f"each {figures.neighbours(logged):,} neighbours."
             )
     yield Picture(
-        file=_CHARTS[first_key],
+        file=_file(key),
         title=title,
-        alt=" ".join(alt),
+        alt=alt,
         caption=caption,
         width=6.4,
         height=3.5,
         draw=partial(
             figures.line_chart,
-            curves=lines,
+            curves=curves,
             label=title.lower(),
             reference=reference,
-            unit=PercentFormatter(1) if is_share else None,
-            least_span=_LEAST_SPAN if is_share else 0.0,
-            most=1.0 if is_share else None,
-            smooth=first_key != "learning_rate",
+            is_share=is_share,
+            smooth=key != "learning_rate",
         ),
     )
 
 
-def _maps(log: TrainingLog) -> Iterator[Picture]:
-    return (_map(*described) for described in _grids(log, flat=False))
-
-
-def _remarks(log: TrainingLog) -> list[str]:
-    """What is said instead of drawing a map of a single colour."""
-    remarks = []
-    for key, axis, grid, _ in _grids(log, flat=True):
-        low, high = (f"{bound:.2%}" for bound in grid.bounds)
-        span = low if low == high else f"between {low} and {high}"
-        remarks.append(f"{_title(key, axis)}: {span} everywhere, so there is nothing to draw.")
-    return remarks
-
-
-def _grids(log: TrainingLog, flat: bool) -> Iterator[tuple[str, str, Grid, str]]:
-    """Statistic, horizontal axis, cells and caption of the heat maps with one colour, or others."""
+def _maps(log: TrainingLog) -> Iterator[Picture | str]:
+    """Heat maps of the modules' statistics, or a sentence in place of one of a single colour."""
     for key, modules in log.modules.items():
         over_layers = "Each cell is the mean over layers"
         if modules.logs_a_column > 1:
             many = modules.logs_a_column
-            over_layers += f" and over up to {many} logged steps, from the one written below"
-        for axis, grid, caption in (
-            ("step", modules.by_step(), f"{over_layers}."),
-            ("layer", modules.by_layer(), "Each cell is the mean over all logged steps."),
-        ):
-            low, high = grid.bounds
-            if grid.rows and (high - low < _FLAT) == flat:
-                yield key, axis, grid, caption
+            over_layers += f" and over up to {many:,} logged steps, from the one written below"
+        over_steps = "Each cell is the mean over all logged steps."
+        yield from _map(key, "step", modules.by_step(), f"{over_layers}.")
+        yield from _map(key, "layer", modules.by_layer(), over_steps)
 
 
-def _title(key: str, axis: str) -> str:
-    return f"{_NAMES[key].capitalize()} by module and {axis}"
-
-
-def _map(key: str, axis: str, grid: Grid, caption: str) -> Picture:
-    from matplotlib.ticker import PercentFormatter
-
+def _map(key: str, axis: str, grid: Grid, caption: str) -> Iterator[Picture | str]:
+    title = f"{_NAMES[key].capitalize()} by module and {axis}"
+    low, high = grid.bounds
+    if not grid.rows:
+        return
+    if high - low < _FLAT:
+        bounds = f"{low:.2%}", f"{high:.2%}"
+        span = "between {} and {}".format(*bounds) if len({*bounds}) > 1 else bounds[0]
+        yield f"{title}: {span} everywhere, so there is nothing to draw."
+        return
     shown = Grid(grid.rows[:_MOST_ROWS], grid.columns, grid.values[:_MOST_ROWS])
     if len(grid.rows) > len(shown.rows):
-        caption += f" The first {len(shown.rows)} of {len(grid.rows)} kinds of modules are shown."
+        caption += f" The first {len(shown.rows)} of {len(grid.rows):,} kinds of modules are shown."
     if not math.isfinite(shown.values.sum()):
         caption += " Grey: nothing was logged, as of a module that is not under the mask."
-    low, high = shown.bounds
-    middle, half = (low + high) / 2, max(high - low, _LEAST_SPAN) / 2
+
+    limits = figures.at_least(figures.LEAST_SPAN, *shown.bounds)
 
     def draw(axes: Axes) -> None:
-        figures.heat_map(
-            axes,
-            shown.values,
-            [_short(row) for row in shown.rows],
-            shown.columns,
-            label=_NAMES[key],
-            unit=PercentFormatter(1),
-            limits=(middle - half, middle + half),
-        )
+        rows = [_short(row) for row in shown.rows]
+        figures.heat_map(axes, shown.values, rows, shown.columns, limits, _NAMES[key])
         axes.set_xlabel(f"optimizer {axis}" if axis == "step" else axis)
 
-    extremes = [_place_of(shown, bound, axis) for bound in shown.bounds]
-    return Picture(
-        file=_MAPS[key].format(axis),
-        title=_title(key, axis),
-        alt=f"{_title(key, axis)}: a heat map, from {extremes[0]} to {extremes[1]}.",
+    extremes = [_cell(shown, bound, axis) for bound in shown.bounds]
+    yield Picture(
+        file=_file(key, axis),
+        title=title,
+        alt=f"{title}: a heat map, from {extremes[0]} to {extremes[1]}.",
         caption=caption,
         width=11.0,
         height=1.1 + 0.28 * len(shown.rows),
         draw=draw,
+        is_map=True,
     )
 
 
-def _place_of(grid: Grid, value: float, axis: str) -> str:
+def _cell(grid: Grid, value: float, axis: str) -> str:
+    """``value``, and a cell that has it, in words."""
     row, column = (int(at[0]) for at in (grid.values == value).nonzero())
     return f"{value:.2%} in {grid.rows[row]} at {axis} {grid.columns[column]}"
 
@@ -290,29 +245,21 @@ def _short(name: str) -> str:
 
 def _render(log: TrainingLog, track: Track) -> dict[str, bytes]:
     """The report's files by their names."""
-    files: dict[str, bytes] = {}
-    shown: dict[str, dict[str, object]] = {}
-    for picture in track(pictures(log)):
-        light, dark = (
-            figures.render_png(picture.draw, picture.width, picture.height, dark=dark)
-            for dark in (False, True)
-        )
-        files[picture.file] = light
-        shown[picture.file] = {
-            "title": picture.title,
-            "alt": picture.alt,
-            "caption": picture.caption,
-            "width": round(picture.width * 100),
-            "height": round(picture.height * 100),
-            "light": _data_uri(light),
-            "dark": _data_uri(dark),
-        }
-    return {PAGE: _page(log, shown).encode(), **files}
+    drawn = [
+        (picture, _png(picture, dark=False), _png(picture, dark=True))
+        for picture in track(pictures(log))
+    ]
+    return {PAGE: _page(log, drawn).encode()} | {picture.file: png for picture, png, _ in drawn}
 
 
-def _page(log: TrainingLog, shown: Mapping[str, Mapping[str, object]]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+def _png(picture: Picture, dark: bool) -> bytes:
+    def draw(figure: Figure) -> None:
+        picture.draw(figure.subplots())
 
+    return figures.render_figure(draw, picture.width, picture.height, dark)
+
+
+def _page(log: TrainingLog, drawn: Sequence[tuple[Picture, bytes, bytes]]) -> str:
     environment = Environment(
         loader=PackageLoader("axolotl_gmt"),
         autoescape=True,  # Names in a log are whatever somebody wrote into it.
@@ -320,32 +267,21 @@ def _page(log: TrainingLog, shown: Mapping[str, Mapping[str, object]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    charts = [picture for file, picture in shown.items() if file in _CHARTS.values()]
-    maps = [picture for file, picture in shown.items() if file not in _CHARTS.values()]
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     means = {key: modules.means() for key, modules in log.modules.items()}
-    kinds = dict.fromkeys(kind for found in means.values() for kind in found)
     return environment.get_template("report.html").render(
         title="GMT report",
         generator=f"{_GENERATOR} {__version__}",
         log=log,
         facts=facts(log),
-        charts=charts,
-        maps=maps,
-        remarks=_remarks(log),
+        charts=[item for item in drawn if not item[0].is_map],
+        maps=[item for item in drawn if item[0].is_map],
+        remarks=[item for item in _maps(log) if isinstance(item, str)],
         statistics=[_NAMES[key].capitalize() for key in means],
-        module_means=[
-            (kind, [_percent(found.get(kind)) for found in means.values()]) for kind in kinds
-        ],
-        settings=settings_yaml(log),
+        means=means.values(),
+        kinds=dict.fromkeys(kind for of_kinds in means.values() for kind in of_kinds),
+        settings=log.settings_yaml,
     )
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2%}"
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -355,19 +291,24 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder} is a file. Name a folder for the report.")
     names = {path.name for path in folder.iterdir()}
-    foreign = names - set(_own_files())
-    if names and (foreign or not _is_own_page(folder / PAGE)):
+    foreign = names - _report_files()
+    if names and (foreign or not _is_report_page(folder / PAGE)):
         raise UserError(
             f"{folder} holds {min(foreign or names)}, which is not of a report. Name another "
             "folder, or move it."
         )
 
 
-def _own_files() -> Sequence[str]:
-    maps = [name.format(axis) for name in _MAPS.values() for axis in ("step", "layer")]
-    return [PAGE, *_CHARTS.values(), *maps]
+def _report_files() -> set[str]:
+    maps = {_file(key, axis) for key in STATISTICS for axis in ("step", "layer")}
+    return {PAGE, *map(_file, ("loss", "learning_rate", *STATISTICS)), *maps}
 
 
-def _is_own_page(page: Path) -> bool:
+def _file(key: str, axis: str | None = None) -> str:
+    name = key.removeprefix("gmt/")
+    return f"{name}_by_{axis}.png" if axis else f"{name}.png"
+
+
+def _is_report_page(page: Path) -> bool:
     mark = f'<meta name="generator" content="{_GENERATOR} '
     return page.is_file() and mark in page.read_text(encoding="utf-8", errors="replace")[:2000]

@@ -341,7 +341,8 @@ def kept_fraction(model: Path) -> float | None:
 
     None if the folder has no log, or that of a training without GMT.
     """
-    from axolotl_gmt.report.log import KEPT_FRACTION, find_state, read_log
+    from axolotl_gmt.record import KEPT_FRACTION
+    from axolotl_gmt.report.log import find_state, read_log
 
     try:
         return read_log(find_state(model)).mean(KEPT_FRACTION)

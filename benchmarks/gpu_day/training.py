@@ -23,7 +23,8 @@ import yaml
 
 from axolotl_gmt.errors import UserError
 from axolotl_gmt.files import whole
-from axolotl_gmt.report.log import KEPT_FRACTION, find_state, read_log
+from axolotl_gmt.record import KEPT_FRACTION
+from axolotl_gmt.report.log import find_state, read_log
 from axolotl_gmt.tools.quickstart import MODEL_NAME, Folder, find_gguf, prepare
 from benchmarks.gpu_day.record import Row, write_rows
 from benchmarks.gpu_day.toy_model import write_toy_model

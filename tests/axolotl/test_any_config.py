@@ -46,8 +46,7 @@ from axolotl.utils.schemas.peft import LoraConfig
 from pydantic import ValidationError
 from transformers.training_args import OptimizerNames
 
-from axolotl_gmt import GMTPlugin
-from axolotl_gmt.integrations.callback import GMTCallback
+from axolotl_gmt import GMTCallback, GMTPlugin, GMTReportCallback
 
 CONFIGS = Path(__file__).parent / "configs"
 ACCEPTED = sorted(CONFIGS.glob("accepted/*.yml"))
@@ -58,6 +57,7 @@ SPELLINGS = [
     "axolotl_gmt:GMTPlugin",
     "axolotl_gmt.plugin.GMTPlugin",
     "axolotl_gmt.plugin:GMTPlugin",
+    "axolotl_gmt.integrations.axolotl.plugin.GMTPlugin",
 ]
 
 # What axolotl.cli.config.gpu_capabilities finds on a node of eight H100s.
@@ -391,10 +391,11 @@ def loaded_plugins() -> list[BasePlugin]:
 
 
 def masks_once() -> bool:
-    """Whether of all loaded plugins exactly one is GMT's, and adds exactly one callback."""
+    """Whether of all loaded plugins exactly one is GMT's, and adds each callback once."""
     gmt = [plugin for plugin in loaded_plugins() if isinstance(plugin, GMTPlugin)]
     callbacks = gmt[0].add_callbacks_post_trainer(DictDefault(gmt_enabled=True), MagicMock())
-    return len(gmt) == 1 and [type(callback) for callback in callbacks] == [GMTCallback]
+    added = [type(callback) for callback in callbacks]
+    return len(gmt) == 1 and added == [GMTCallback, GMTReportCallback]
 
 
 def shipped_plugins() -> dict[str, str]:

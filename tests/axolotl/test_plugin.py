@@ -6,14 +6,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
 
-from axolotl_gmt import GMTConfig
-from axolotl_gmt.integrations.axolotl.plugin import GMTArgs, read_config
+from axolotl_gmt import GMTCallback, GMTConfig, GMTPlugin, GMTReportCallback
+from axolotl_gmt.integrations.axolotl.args import GMTArgs, read_config
 
 LISTED = {"plugins": ["axolotl_gmt"]}
 
@@ -88,6 +89,7 @@ def test_an_unlisted_plugin_leaves_the_config_alone() -> None:
         ({"gmt_exclude": ["a", "*"]}, r"gmt_exclude: '\*' is not a valid regular expression"),
         ({"gmt_seed": "x"}, r"gmt_seed: 'x' is not valid"),
         ({"gmt_enabled": "perhaps"}, r"gmt_enabled: 'perhaps' is not true or false"),
+        ({"gmt_report": 1}, r"gmt_report: 1 is not true or false"),
         (
             {"gmt_mask_rate": 0.5},
             r"gmt_mask_rate: 0\.5 .*Did you mean gmt_mask_ratio\?",
@@ -307,8 +309,37 @@ def test_the_schema_keeps_the_keys(sft_yaml: dict[str, Any]) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"gmt_enabled": True}, [GMTCallback, GMTReportCallback]),
+        ({"gmt_enabled": True, "gmt_report": True}, [GMTCallback, GMTReportCallback]),
+        ({"gmt_enabled": True, "gmt_report": False}, [GMTCallback]),
+        ({"gmt_report": True}, []),
+    ],
+)
+def test_a_report_is_left_unless_the_config_says_no(
+    settings: dict[str, Any], expected: list[type]
+) -> None:
+    callbacks = GMTPlugin().add_callbacks_post_trainer(DictDefault(settings), MagicMock())
+    assert [type(callback) for callback in callbacks] == expected
+
+
+def test_no_spelling_of_the_plugin_makes_a_second_one() -> None:
+    real = f"{GMTPlugin.__module__}.{GMTPlugin.__name__}"
+    names = [LISTED["plugins"][0], "axolotl_gmt.GMTPlugin", "axolotl_gmt.plugin.GMTPlugin", real]
+    for spelling in [*names, *(":".join(name.rsplit(".", 1)) for name in names[1:])]:
+        assert prepared(plugins=[spelling], optimizer="sgd")["gmt_enabled"] is True, spelling
+        active = [
+            plugin
+            for plugin in PluginManager.get_instance().plugins.values()
+            if isinstance(plugin, GMTPlugin)
+        ]
+        assert len(active) == 1, spelling
+
+
 def test_every_setting_is_a_documented_key_of_the_schema() -> None:
-    assert set(GMTArgs.model_fields) == {"gmt_enabled", "gmt_base_optimizer"} | {
-        f"gmt_{name}" for name in GMTConfig.model_fields
-    }
+    only_in_yaml = {"gmt_enabled", "gmt_base_optimizer", "gmt_report"}
+    of_config = {f"gmt_{name}" for name in GMTConfig.model_fields}
+    assert set(GMTArgs.model_fields) == only_in_yaml | of_config
     assert all(field.description for field in GMTArgs.model_fields.values())

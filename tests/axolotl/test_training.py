@@ -83,6 +83,7 @@ def assert_same_weights(one: Run, other: Run) -> None:
         "axolotl_gmt.GMTPlugin",
         "axolotl_gmt:GMTPlugin",
         "axolotl_gmt.plugin.GMTPlugin",
+        "axolotl_gmt.integrations.axolotl.plugin:GMTPlugin",
     ],
 )
 def test_one_line_in_a_plain_sft_yaml_turns_gmt_on(
@@ -92,6 +93,7 @@ def test_one_line_in_a_plain_sft_yaml_turns_gmt_on(
     assert_masked_like_reference(run)
     assert type(run.optimizer) is torch.optim.AdamW
     assert sum(isinstance(callback, GMTCallback) for callback in run.callbacks) == 1
+    assert isinstance(run.callbacks[0], GMTCallback)
 
 
 def test_one_line_in_a_plain_dpo_yaml_turns_gmt_on(
@@ -509,7 +511,7 @@ def test_a_model_card_that_cannot_be_completed_does_not_stop_a_run(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("axolotl_gmt.integrations.axolotl.plugin.add_section", full_disk)
-    monkeypatch.setattr("axolotl_gmt.integrations.callback.write_report", full_disk)
+    monkeypatch.setattr("axolotl_gmt.report.page.write_report", full_disk)
     run = run_axolotl(sft_yaml, plugins=["axolotl_gmt"], max_steps=1)
     assert run.weights
     assert (run.output / "README.md").is_file()

@@ -181,12 +181,12 @@ def test_what_cannot_be_compared_is_listed(tmp_path: Path) -> None:
     after["model.embed_tokens.weight"] = torch.ones(12, 6)
     del after["lm_head.weight"]
     result = compare(save(tmp_path / "base", base), save(tmp_path / "tuned", after))
-    assert result.only_in_base == ["old", "lm_head.weight"]
+    assert result.only_in_base == ["lm_head.weight", "old"]
     assert result.only_in_tuned == ["new"]
     assert result.reshaped == {"model.embed_tokens.weight": ((11, 6), (12, 6))}
     assert result.not_weights == ["position_ids"]
     remarks = "\n".join(result.remarks())
-    for name in ("old, lm_head.weight", ": new", "11x6, then 12x6", ": position_ids"):
+    for name in ("lm_head.weight, old", ": new", "11x6, then 12x6", ": position_ids"):
         assert name in remarks
 
 
@@ -205,12 +205,12 @@ def test_figures_add_up_over_modules_and_layers(tmp_path: Path) -> None:
     )
     modules = result.by_module()
     assert list(modules) == [
+        "lm_head",
         "model.embed_tokens",
-        "self_attn.q_proj",
         "mlp.down_proj",
         "mlp.experts",
+        "self_attn.q_proj",
         "model.norm",
-        "lm_head",
     ]
     assert list(result.by_layer()) == ["0", "1", "2"]
     for parts in (modules, result.by_layer() | result.outside_layers()):
@@ -590,7 +590,7 @@ def test_the_table_has_every_module_every_layer_and_the_sum(pair: tuple[Path, Pa
     total = compare(*pair).total
     rows = [line.split("│")[1:-1] for line in result.stdout.splitlines() if "│" in line]
     parts = [row[0].strip() for row in rows]
-    assert parts[:2] == ["model.embed_tokens", "self_attn.q_proj"]
+    assert parts[:2] == ["lm_head", "model.embed_tokens"]
     assert parts[-4:] == ["layer 0", "layer 1", "layer 2", "all"]
     assert [cell.strip() for cell in rows[-1][1:4]] == [
         f"{total.entries:,}",

@@ -11,8 +11,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from axolotl_gmt.files import whole
-from axolotl_gmt.report.log import GRAD_NORM_KEPT, KEPT_FRACTION, TrainingLog
-from axolotl_gmt.report.page import FOLDER, settings_yaml
+from axolotl_gmt.record import FOLDER, GRAD_NORM_KEPT, KEPT_FRACTION
+from axolotl_gmt.report.log import TrainingLog
 
 TAGS = ("gmt", "gradient-mask-tuning")
 HEADING = "## Gradient-Mask Tuning"
@@ -66,7 +66,7 @@ def _section(log: TrainingLog, folder: Path) -> str:
         HEADING,
         "This model was trained with Gradient-Mask Tuning (GMT): at each optimizer step, only the "
         f"gradient entries {selected} reached the optimizer ({_PAPER}).",
-        f"```yaml\n{settings_yaml(log)}```",
+        f"```yaml\n{log.settings_yaml}```",
         "\n".join(f"- {fact}" for fact in facts if fact),
         f"![Share of the gradient's norm that GMT kept, by kind of module and layer]({picture})"
         if (folder / picture).is_file()

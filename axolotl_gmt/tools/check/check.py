@@ -13,7 +13,7 @@ from typing import Any
 
 from axolotl_gmt.config import GMTConfig
 from axolotl_gmt.errors import UserError
-from axolotl_gmt.integrations.axolotl import plugin
+from axolotl_gmt.integrations.axolotl.args import read_config
 from axolotl_gmt.tools.check import sharing, yaml_file
 from axolotl_gmt.tools.check.count import count, model_on_meta, prepare_model
 from axolotl_gmt.tools.check.report import Plan, Report
@@ -82,7 +82,7 @@ def _check_config(report: Report, raw: Mapping[str, object], gpus: int | None) -
     name = getattr(optimizer, "value", optimizer)  # Axolotl's default is a member of an enum.
     report.gmt = Plan(*result.switch, base_optimizer=name if isinstance(name, str) else None)
     if result.switch.enabled:
-        settings = plugin.read_config(result.config)
+        settings = read_config(result.config)
         report.gmt.settings = settings.model_dump()
         if report.errors:
             report.gmt.not_counted = "the config has errors"

@@ -35,19 +35,19 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import MultiProcessAdapter
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from axolotl_gmt.integrations.axolotl.plugin import (
+from axolotl_gmt.integrations.axolotl.args import PREFIX
+from axolotl_gmt.integrations.axolotl.plugin import GMTPlugin
+from axolotl_gmt.integrations.axolotl.raw_config import (
     BARE_NAME,
-    LONG_NAME,
     NAME,
-    PREFIX,
-    GMTPlugin,
+    PLUGIN_NAMES,
     Switch,
     check_known_optimizer,
     settle,
 )
 
 # Their code is Axolotl's or GMT's own.
-_TRUSTED = {BARE_NAME, NAME, LONG_NAME, *BUILTIN_PLUGINS}
+_TRUSTED = {*PLUGIN_NAMES, *BUILTIN_PLUGINS}
 
 # Keys whose product is the least number of GPUs.
 PARALLEL_SIZES = (

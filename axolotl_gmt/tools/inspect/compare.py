@@ -16,15 +16,8 @@ from typing import Literal
 import numpy as np
 
 from axolotl_gmt.errors import UserError
-from axolotl_gmt.names import (
-    layer_name,
-    model_order,
-    module_type,
-    natural_order,
-    place,
-    stack_labels,
-    stack_name,
-)
+from axolotl_gmt.names import layer_name, place
+from axolotl_gmt.report.modules import module_type, natural_order, stack_labels, stack_name
 from axolotl_gmt.tools.inspect.adapter import (
     AdaptedModel,
     Adapter,
@@ -111,7 +104,7 @@ class Comparison:
     tuned: Path
     compared: Compared
     tensors: dict[str, Change]
-    """By name, in the order in which a model applies them."""
+    """By name, in natural order: layer 10 after layer 9."""
     only_in_base: list[str] = field(default_factory=list)
     only_in_tuned: list[str] = field(default_factory=list)
     reshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
@@ -278,11 +271,11 @@ def _compare(
     on_progress: Callable[[int, int], object] | None,
 ) -> Comparison:
     before, after = base.tensors, tuned.tensors
-    shared = sorted(before.keys() & after.keys(), key=model_order)
+    shared = sorted(before.keys() & after.keys(), key=natural_order)
     if not shared:
         raise UserError(
             f"{base.path} and {tuned.path} have no tensor name in common, such as "
-            f"{min(before)} and {min(after, key=model_order)}."
+            f"{min(before)} and {min(after, key=natural_order)}."
         )
     same_shape = [name for name in shared if before[name].shape == after[name].shape]
     if not same_shape:
@@ -311,12 +304,12 @@ def _compare(
         tuned=tuned.path,
         compared=compared,
         tensors=changes,
-        only_in_base=sorted(all_base - all_tuned, key=model_order),
-        only_in_tuned=sorted(all_tuned - all_base, key=model_order),
+        only_in_base=sorted(all_base - all_tuned, key=natural_order),
+        only_in_tuned=sorted(all_tuned - all_base, key=natural_order),
         reshaped={
             name: (before[name].shape, after[name].shape) for name in shared if name not in changes
         },
-        not_weights=sorted((all_base & all_tuned).difference(shared), key=model_order),
+        not_weights=sorted((all_base & all_tuned).difference(shared), key=natural_order),
         converted=Counter(dtype for dtype in dtypes if dtype[0] != dtype[1]),
     )
 

@@ -24,15 +24,10 @@ from matplotlib.image import imread
 
 from axolotl_gmt.cli import gmt
 from axolotl_gmt.errors import UserError
+from axolotl_gmt.record import FOLDER, GRAD_NORM_KEPT, KEPT_FRACTION
 from axolotl_gmt.report import page as report_module
-from axolotl_gmt.report.log import (
-    GRAD_NORM_KEPT,
-    KEPT_FRACTION,
-    TrainingLog,
-    find_state,
-    parse_state,
-)
-from axolotl_gmt.report.page import FOLDER, PAGE, facts, write_report
+from axolotl_gmt.report.log import TrainingLog, find_state, parse_state
+from axolotl_gmt.report.page import PAGE, facts, write_report
 
 KINDS = ("self_attn.q_proj", "mlp.down_proj")
 HOSTILE = "</title><script>alert(1)</script>$\\frac{[red]\x07\ud800"
@@ -193,7 +188,7 @@ def test_a_curve_has_the_last_value_of_each_step(
     history: list[Log], steps: list[int], losses: list[float]
 ) -> None:
     curve = parse_state({"log_history": history}, "run").curves["loss"]
-    assert curve.steps == steps
+    assert curve.steps.tolist() == steps
     np.testing.assert_array_equal(curve.values, losses)
 
 

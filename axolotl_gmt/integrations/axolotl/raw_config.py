@@ -1,0 +1,217 @@
+"""A raw Axolotl config, as it is before Axolotl validates it.
+
+``optimizer: gmt`` becomes the base optimizer there, and every bad setting is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from os.path import isfile
+from pathlib import Path
+from typing import NamedTuple
+
+from axolotl.integrations.base import normalize_plugin_name
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.enums import CustomSupportedOptimizers
+from transformers.training_args import OptimizerNames
+
+from axolotl_gmt.integrations.axolotl.args import (
+    DEFAULT_BASE_OPTIMIZER,
+    PREFIX,
+    GMTArgs,
+    read_config,
+)
+from axolotl_gmt.integrations.deepspeed_config import check_deepspeed_config
+
+BARE_NAME = "axolotl_gmt"
+NAME = "axolotl_gmt.GMTPlugin"
+"""The name of the entry point, under which Axolotl loads the plugin."""
+PLUGIN_NAMES = frozenset(
+    {
+        BARE_NAME,
+        NAME,
+        "axolotl_gmt.plugin.GMTPlugin",  # Where the plugin once was.
+        "axolotl_gmt.integrations.axolotl.plugin.GMTPlugin",
+    }
+)
+"""What ``plugins:`` may call the plugin, as Axolotl normalizes names: a dot for each colon."""
+
+# They step each parameter inside the backward pass, so step() never sees a gradient to mask.
+_STEP_IN_BACKWARD = {
+    "lomo",
+    "adalomo",
+    "galore_adamw_layerwise",
+    "galore_adamw_8bit_layerwise",
+    "galore_adafactor_layerwise",
+    "apollo_adamw_layerwise",
+}
+
+
+class Switch(NamedTuple):
+    """Whether GMT is on, and which key says so."""
+
+    enabled: bool
+    why: str
+
+
+def settle(cfg: DictDefault) -> Switch:
+    """Check the ``gmt_*`` keys of a raw config and put the base optimizer in place of `gmt`."""
+    _check_keys(cfg)
+    switch = _switch(cfg)
+    if not switch.enabled:
+        _check_nothing_is_set(cfg, sugar=cfg.get("optimizer") == "gmt")
+    _put_base_optimizer(cfg)
+    if switch.enabled:
+        read_config(cfg)
+        _check_exposes_gradients(cfg)
+        _check_distribution(cfg)
+        cfg["gmt_enabled"] = True
+    return switch
+
+
+def _switch(cfg: DictDefault) -> Switch:
+    enabled = cfg.get("gmt_enabled")
+    if enabled is not None:
+        return Switch(enabled, f"gmt_enabled is {str(enabled).lower()}")
+    if cfg.get("optimizer") == "gmt":
+        return Switch(True, "optimizer is gmt")
+    listed = {normalize_plugin_name(name) for name in cfg.get("plugins") or []}
+    if listed & PLUGIN_NAMES:
+        return Switch(True, f"{BARE_NAME} is listed under plugins")
+    return Switch(False, f"{BARE_NAME} is not listed under plugins, and optimizer is not gmt")
+
+
+def check_command_line(arguments: list[str]) -> None:
+    """Refuse ``--gmt-...`` options: Axolotl drops what its own schema lacks without a word."""
+    for argument in arguments:
+        option, _, value = argument.partition("=")
+        if option.startswith(("--gmt-", "--gmt_")):
+            key = option.removeprefix("--").replace("-", "_")
+            raise ValueError(
+                f"{argument}: Axolotl's command line drops the keys of plugins. Write "
+                f"{key}: {value or '...'} into the YAML file."
+            )
+
+
+def _set_keys(cfg: DictDefault) -> list[str]:
+    return [key for key, value in cfg.items() if str(key).startswith(PREFIX) and value is not None]
+
+
+def _check_keys(cfg: DictDefault) -> None:
+    known = GMTArgs.model_fields
+    for key in cfg:
+        if str(key).startswith(PREFIX) and key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+            raise ValueError(
+                f"{key}: {cfg[key]!r} is set, but there is no such key. Did you mean {nearest}? "
+                f"The keys are {', '.join(known)}."
+            )
+    for key in ("gmt_enabled", "gmt_report"):
+        if not isinstance(cfg.get(key), bool | None):
+            raise ValueError(f"{key}: {cfg[key]!r} is not true or false. Set one of these.")
+
+
+def _check_nothing_is_set(cfg: DictDefault, sugar: bool) -> None:
+    """Refuse settings of a GMT that is off; with ``optimizer: gmt`` the base still matters."""
+    ignored = set(_set_keys(cfg)) - {"gmt_enabled"} - ({"gmt_base_optimizer"} if sugar else set())
+    if ignored:
+        fix = (
+            "Set gmt_enabled: true, or remove"
+            if cfg.get("gmt_enabled") is False
+            else f"Add {BARE_NAME} to plugins (or set optimizer: gmt), or remove"
+        )
+        key = min(ignored)
+        raise ValueError(
+            f"{key}: {cfg[key]!r} is set, but GMT is off. {fix} {', '.join(sorted(ignored))}."
+        )
+
+
+def _put_base_optimizer(cfg: DictDefault) -> None:
+    base = cfg.get("gmt_base_optimizer")
+    if base is not None:
+        check_known_optimizer("gmt_base_optimizer", base)
+    optimizer = cfg.get("optimizer")
+    if optimizer == "gmt" or (optimizer is None and base is not None):
+        cfg["optimizer"] = base or DEFAULT_BASE_OPTIMIZER
+    elif base not in (None, optimizer):
+        raise ValueError(
+            f"gmt_base_optimizer: {base!r} has no effect, since optimizer is {optimizer!r}, which "
+            "GMT then steps with. Set optimizer: gmt, or remove gmt_base_optimizer."
+        )
+
+
+def check_known_optimizer(key: str, name: object) -> None:
+    """Refuse a name that Axolotl cannot make an optimizer of.
+
+    Raises:
+        ValueError: Naming ``key``, under which ``name`` stands, and the nearest names.
+    """
+    if key == "gmt_base_optimizer" and name == "gmt":
+        raise ValueError(
+            "gmt_base_optimizer: 'gmt' cannot step with itself. Set the optimizer to step with, "
+            f"such as {DEFAULT_BASE_OPTIMIZER}."
+        )
+    names = {item.value for item in (*OptimizerNames, *CustomSupportedOptimizers)}
+    known = sorted(names if key == "gmt_base_optimizer" else {*names, "gmt"})
+    if name not in known:
+        nearest = difflib.get_close_matches(str(name).lower(), known, cutoff=0)
+        raise ValueError(
+            f"{key}: {name!r} is no optimizer that Axolotl knows. The nearest are "
+            f"{', '.join(nearest)}. All are {', '.join(known)}."
+        )
+
+
+def _check_exposes_gradients(cfg: DictDefault) -> None:
+    for name in cfg.get("plugins") or []:
+        if normalize_plugin_name(name).endswith(".HatcheryPlugin"):
+            raise ValueError(
+                f"plugins: {name!r} trains on another machine, so no gradient is here to mask. "
+                f"Remove it, or remove {BARE_NAME} (with optimizer: gmt, set another optimizer)."
+            )
+    optimizer = cfg.get("optimizer")
+    if optimizer in _STEP_IN_BACKWARD:
+        key = "gmt_base_optimizer" if cfg.get("gmt_base_optimizer") else "optimizer"
+        raise ValueError(
+            f"{key}: {optimizer!r} updates each weight during the backward pass, so there is never "
+            f"a whole gradient to mask. Set another one, such as {DEFAULT_BASE_OPTIMIZER}"
+            + (f" or {optimizer.removesuffix('_layerwise')}." if "layerwise" in optimizer else ".")
+        )
+
+
+def _check_distribution(cfg: DictDefault) -> None:
+    """Refuse ways to shard in which a mask cannot be exact, or is untested."""
+    if cfg.get("optimizer") == "polora":
+        for key in ("fsdp", "fsdp_config", "dp_shard_size", "tensor_parallel_size"):
+            if cfg.get(key) not in (None, 1):
+                raise ValueError(
+                    f"optimizer: 'polora' with {key} steps tensors that it gathers itself, whose "
+                    f"gradients GMT cannot see. Remove {key}, or set another optimizer."
+                )
+    deepspeed = cfg.get("deepspeed")
+    if isinstance(deepspeed, str) and isfile(deepspeed):
+        try:
+            deepspeed = json.loads(Path(deepspeed).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"deepspeed: {deepspeed} is not JSON ({error}). Mend it.") from None
+    if isinstance(deepspeed, dict):
+        check_deepspeed_config(deepspeed)
+    if cfg.get("deepspeed") and cfg.get("deepcompile"):
+        raise ValueError(
+            "deepcompile: True compiles DeepSpeed's gradient path, where GMT cannot mask. Set "
+            "deepcompile: false."
+        )
+    tensor_parallel = cfg.get("tensor_parallel_size") or 1
+    if tensor_parallel != 1 and (cfg.get("deepspeed") or cfg.get("adapter")):
+        other = "deepspeed" if cfg.get("deepspeed") else "adapter"
+        raise ValueError(
+            f"tensor_parallel_size: {tensor_parallel!r} with {other} splits tensors so that GMT "
+            f"cannot see their other shards. Remove tensor_parallel_size or {other}; FSDP2 "
+            "alone shards as well."
+        )
+    experts = cfg.get("expert_parallel_size") or 1
+    if experts != 1:
+        raise ValueError(
+            f"expert_parallel_size: {experts!r} keeps other experts on each rank in plain tensors, "
+            "of which GMT would mask each rank's alone. Remove it, and shard with FSDP2 or ZeRO-3."
+        )

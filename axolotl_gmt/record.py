@@ -1,0 +1,93 @@
+"""What a run with GMT writes of itself into ``trainer_state.json``, and how it is read back.
+
+The callback writes it, the report reads it. Nothing in a file is trusted: a field that does not
+hold what it should reads as if it were missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
+
+FOLDER = "gmt_report"
+"""The name of a report's folder in a run's output folder, unless the user names another."""
+STATE_FILE = "trainer_state.json"
+RECORD = "GMTCallback"
+"""The key of the record among the ``stateful_callbacks`` of a state: the class that wrote it."""
+
+KEPT_FRACTION = "gmt/kept_fraction"
+GRAD_NORM_KEPT = "gmt/grad_norm_kept"
+STATISTICS = (KEPT_FRACTION, GRAD_NORM_KEPT)
+"""Keys in a log; with ``/MODULE`` behind them, those of one module."""
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class _Lenient(BaseModel):
+    """Takes the default for each field that is not valid."""
+
+    model_config = ConfigDict(strict=True)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _default_if_not_valid(
+        cls, value: object, validate: ValidatorFunctionWrapHandler, info: ValidationInfo
+    ) -> object:
+        try:
+            return validate(value)
+        except ValidationError:
+            assert info.field_name is not None
+            return cls.model_fields[info.field_name].get_default(call_default_factory=True)
+
+
+class Attributes(_Lenient):
+    """What the callback saw when training began."""
+
+    base_optimizer: str | None = None
+    """Class name of the optimizer whose gradients are masked."""
+    masked_parameters: Count | None = None
+    """Number of entries under the mask."""
+    module_order: list[str] = []
+    """Kinds of modules, as :func:`~axolotl_gmt.names.kind_name` names them, in the model's order.
+
+    Empty unless modules are logged. JSON files of Transformers sort each log by alphabet.
+    """
+
+
+class Record(_Lenient):
+    """The state of the callback, in the form in which Transformers resumes callbacks."""
+
+    args: dict[str, Any] = {}
+    """The fields of :class:`~axolotl_gmt.config.GMTConfig`, which a new callback is made with."""
+    attributes: Attributes = Attributes()
+
+
+class RunState(_Lenient):
+    """What the report reads of Transformers' ``TrainerState``."""
+
+    log_history: list[Any] | None = None
+    global_step: Count | None = None
+    max_steps: Count | None = None
+    epoch: Annotated[float, Field(ge=0, lt=1e30)] | None = None
+    stateful_callbacks: dict[str, Any] = {}
+
+    @classmethod
+    def read(cls, state: object) -> Self:
+        """The fields of ``state`` that are valid; whatever it is, nothing is raised."""
+        return cls.model_validate(state if isinstance(state, Mapping) else {})
+
+    @property
+    def record(self) -> Record:
+        """What the callback left; empty if it was not there."""
+        record = self.stateful_callbacks.get(RECORD)
+        return Record.model_validate(record if isinstance(record, Mapping) else {})
