@@ -41,6 +41,7 @@ from axolotl_gmt.gradients.plain import (
     step_gradients,
     sum_over_ranks,
 )
+from axolotl_gmt.kernels.contract import Batch
 from axolotl_gmt.kernels.dispatch import mask_below_
 from axolotl_gmt.kernels.scores import Given, Magnitudes, Scores
 from axolotl_gmt.masking.threshold import common_dtype, find_thresholds, infinity_pattern
@@ -351,9 +352,7 @@ class GradientMasker:
         for key in dict.fromkeys((shard.entries.device, shard.ranks) for shard in shards):
             here = [i for i, s in enumerate(shards) if (s.entries.device, s.ranks) == key]
             totals = torch.zeros(len(here), 4, dtype=torch.float64, device=key[0])
-            mask_below_(
-                [scores[i] for i in here], [rows[i] for i in here], dtype, thresholds, totals
-            )
+            mask_below_(Batch(scores, rows, dtype).pick(here), thresholds, totals)
             if not self.config.log_modules:
                 totals = totals.sum(0, keepdim=True)
             found[key].append(([shards[i].name for i in here], totals))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from axolotl_gmt import GMTConfig, GradientMasker
 from axolotl_gmt.config import Granularity
-from axolotl_gmt.kernels import dispatch
+from axolotl_gmt.kernels import dispatch, self_check
 from axolotl_gmt.masking import threshold
 from axolotl_gmt.masking.masker import group_name
 from tests.kernels.kernel_checks import BITS, CONTENTS, DTYPES
@@ -49,11 +49,11 @@ def _as_on_a_gpu() -> ExitStack:
         mock.patch.multiple(
             dispatch,
             _COMPILED={"cpu": ("axolotl_gmt.kernels.triton_gpu", "Triton")},
-            _LAYOUT=[(0, 500), (3, SPAN + 1), (1, 0), (2, 1)],
-            copies_candidates=mock.Mock(return_value=False),
         )
     )
-    stack.enter_context(mock.patch.object(threshold, "copies_candidates", return_value=False))
+    layout = [(0, 500), (3, SPAN + 1), (1, 0), (2, 1)]
+    stack.enter_context(mock.patch.object(self_check, "_LAYOUT", layout))
+    stack.enter_context(mock.patch.object(threshold, "_may_read_back", return_value=False))
     boundaries = list(triton_gpu.boundary_layouts(2, SPAN))[::17]  # All of them take a minute.
     stack.enter_context(mock.patch.object(triton_gpu, "boundaries", return_value=boundaries))
     stack.enter_context(warnings.catch_warnings())
