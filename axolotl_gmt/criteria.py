@@ -75,7 +75,7 @@ import pluggy
 import torch
 from torch import Tensor
 
-from axolotl_gmt.kernels.dispatch import chunk_size
+from axolotl_gmt.kernels.contract import chunk_size
 from axolotl_gmt.kernels.scores import Given, Hashes, Products, Scores, uniform
 from axolotl_gmt.names import layer_name, place
 

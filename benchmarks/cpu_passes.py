@@ -9,11 +9,13 @@ import torch
 from measuring import Row, arguments, in_turns, median_ms, save, show
 from torch import Tensor
 
-from axolotl_gmt.kernels import dispatch, numba_cpu
+from axolotl_gmt.kernels import eager, numba_cpu
+from axolotl_gmt.kernels.contract import Batch
+from axolotl_gmt.kernels.dtypes import Digit
 from axolotl_gmt.kernels.scores import Magnitudes
 
 ENTRIES = 28_000_000
-DIGIT = dispatch.Digit(0, 15)
+DIGIT = Digit(0, 15)
 THRESHOLD = 0x3A00
 
 
@@ -43,19 +45,14 @@ def measure(runs: int) -> list[Row]:
     counts = torch.zeros(1, 1 << 15, dtype=torch.int32)
     totals = torch.zeros(1, 4, dtype=torch.float64)
     threshold = torch.tensor([THRESHOLD])
-    scores = Magnitudes(entries)
-    one = [scores], [0], torch.bfloat16
+    one = Batch([Magnitudes(entries)], [0], torch.bfloat16)
     ways = {
-        ("count", "torch operations"): lambda: dispatch._count_by_torch(
-            scores, 0, torch.bfloat16, DIGIT, None, counts
-        ),
+        ("count", "torch operations"): lambda: eager.count_digits(one, DIGIT, None, counts),
         ("count", "torch.compile"): lambda: compiled_count(entries, counts[0]),
-        ("count", "Numba"): lambda: numba_cpu.count_digits(*one, DIGIT, None, counts),
-        ("mask", "torch operations"): lambda: dispatch._mask_by_torch_(
-            scores, torch.bfloat16, threshold[0], totals[0]
-        ),
+        ("count", "Numba"): lambda: numba_cpu.count_digits(one, DIGIT, None, counts),
+        ("mask", "torch operations"): lambda: eager.mask_below_(one, threshold, totals),
         ("mask", "torch.compile"): lambda: compiled_mask(entries, THRESHOLD),
-        ("mask", "Numba"): lambda: numba_cpu.mask_below_(*one, threshold, totals),
+        ("mask", "Numba"): lambda: numba_cpu.mask_below_(one, threshold, totals),
     }
     seconds = in_turns(
         {" ".join(way): run for way, run in ways.items()},

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from axolotl_gmt.kernels import triton_gpu
-from axolotl_gmt.kernels.dispatch import Digit
+from axolotl_gmt.kernels.dtypes import FORMATS, Digit
 from axolotl_gmt.kernels.triton_gpu import Kind, Launch
 from benchmarks.measuring import arguments, save
 
@@ -60,7 +60,7 @@ class Case(NamedTuple):
     """A kernel as it is launched.
 
     Attributes:
-        step: What it does: "count upper", "count lower", "count matches" or "mask".
+        step: What it does: "count upper", "count lower" or "mask".
         kind: What it is specialised for.
         launch: How it is started.
     """
@@ -104,13 +104,12 @@ def cases() -> Iterator[Case]:
     kinds = [Kind("magnitude", dtype, dtype, True) for dtype in DTYPES.values()]
     kinds += [Kind("product", DTYPES[entry], DTYPES[weight], True) for entry, weight in PRODUCTS]
     kinds += [Kind("hash", dtype, dtype, True) for dtype in DTYPES.values()]
+    kinds += [Kind("widened", dtype, dtype, True) for dtype in (torch.bfloat16, torch.float16)]
     for kind in kinds:
-        upper = Digit(kind.dtype().itemsize * 8 - 16, 15)
+        upper = Digit(FORMATS[kind.dtype()].upper, 15)
         yield Case("count upper", kind, triton_gpu.count_launch(kind, upper, False))
         if upper.shift:
             yield Case("count lower", kind, triton_gpu.count_launch(kind, Digit(0, 16), True))
-        else:
-            yield Case("count matches", kind, triton_gpu.count_launch(kind, Digit(0, 0), True))
         yield Case("mask", kind, triton_gpu.mask_launch(kind))
 
 

@@ -1,10 +1,10 @@
 # mypy: disable-error-code="untyped-decorator, import-untyped, attr-defined"
-"""The passes of :mod:`~.dispatch` over memory of the CPU, compiled by Numba.
+"""The passes over memory of the CPU, compiled by Numba.
 
-Same results as the torch versions there, several times faster: a pass reads every entry once, as
+Same results as those of :mod:`~.eager`, several times faster: a pass reads every entry once, as
 an integer, and needs no scratch memory. The entries are shared among
 ``torch.get_num_threads()`` threads, and none of them holds the interpreter's lock. Scores other
-than magnitudes are made for a block of entries that stays in the fastest cache.
+than an entry's own magnitude are made for a block of entries that stays in the fastest cache.
 
 Importing this module needs Numba. Machine code is made on first use, some tenths of a second for
 each kind of scores, and kept on disk by Numba's cache, so that later processes start at once.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from threading import Condition, Lock
@@ -26,14 +26,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from axolotl_gmt.kernels.dispatch import Digit, most_candidates
-from axolotl_gmt.kernels.scores import Hashes, Kind, Magnitudes, Products, Scores
+from axolotl_gmt.kernels.contract import Batch, most_copies
+from axolotl_gmt.kernels.dtypes import COMPILED, FORMATS, Digit
+from axolotl_gmt.kernels.scores import Given, Hashes, Kind, Magnitudes, Products
 
-DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
-
-_SIGNED = {2: torch.int16, 4: torch.int32}
-_UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {2: np.uint16, 4: np.uint32}
-_RUN = 32  # entries that are looked at together for a match
 _BLOCK = 256  # entries that a loop takes together; fewer cost more, with more the memory waits
 _SHARES_A_THREAD = 4  # so that a thread which the system holds up does not hold up the others
 _SMALLEST_SHARE = 1 << 16  # entries; a thread for fewer costs more than it saves
@@ -70,16 +66,23 @@ class _Pass:
 
 
 def give_up_cache() -> str | None:
-    """:meth:`axolotl_gmt.kernels.dispatch.CPUBackend.give_up_cache`."""
+    """Keep no machine code on disk any more; the folder where it was, None if nowhere."""
     folders = [a_pass.give_up_cache() for a_pass in _Pass.every]
     return folders[0]
 
 
 def supports(kind: Kind) -> bool:
     """Whether there are passes for scores of that kind; not for products with float16."""
-    if kind.scores is Products:
-        return {kind.entries, kind.weights} <= {torch.bfloat16, torch.float32}
-    return kind.scores in (Magnitudes, Hashes) and kind.entries in DTYPES
+    if kind.scores is Magnitudes and kind.entries == kind.compared:
+        return kind.entries in COMPILED
+    products = {torch.bfloat16, torch.float32}
+    entries = products if kind.scores is Products else COMPILED
+    return (
+        kind.compared == torch.float32
+        and kind.scores is not Given
+        and kind.entries in entries
+        and (kind.weights or kind.entries) in entries
+    )
 
 
 @_inner
@@ -106,40 +109,42 @@ def _count_matching(
 
 @_inner
 def _copy_between(
-    patterns: Patterns, last: Any, low: Any, high: Any, into: Patterns, copied: int
-) -> tuple[int, int]:
-    """Append to ``into[:copied]`` the magnitudes from low to below high.
+    patterns: Patterns, last: Any, low: Any, high: Any, flags: Patterns, into: Patterns, copied: Any
+) -> tuple[Any, Any]:
+    """Append to ``into[:copied]`` the patterns whose magnitude is from low to below high.
 
-    Few do: a vectorised look at each run finds those that are worth a slow one.
+    Every pattern is written, and the next one over it if it does not count, so that no branch has
+    to be guessed. What counts is known before, from a loop that is vectorised.
 
     Returns:
-        How many there are now, -1 if they do not fit; and how many magnitudes are not below high.
+        How many there are now; and how many of these magnitudes are not below high.
     """
     narrow = patterns.dtype.type
-    higher = 0
-    for start in range(0, patterns.size, _RUN):
-        run = patterns[start : start + _RUN]
-        from_low, from_high = narrow(0), narrow(0)  # As narrow as the entries, for more at once.
-        for index in range(run.size):
-            magnitude = narrow(run[index] & last)
-            from_low = narrow(from_low + (magnitude >= low))
-            from_high = narrow(from_high + (magnitude >= high))
-        higher += int(from_high)
-        if from_low != from_high and copied >= 0:
-            for index in range(run.size):
-                magnitude = narrow(run[index] & last)
-                if (magnitude >= low) & (magnitude < high):
-                    if copied == into.size:
-                        copied = -1
-                        break
-                    into[copied] = magnitude
-                    copied += 1
+    width = narrow(high - low)
+    higher = np.uint32(0)
+    for index in range(patterns.size):
+        magnitude = narrow(patterns[index] & last)
+        higher += np.uint32(magnitude >= high)
+        flags[index] = narrow(magnitude - low) < width
+    for index in range(patterns.size):
+        into[copied] = patterns[index]
+        copied += np.uintp(flags[index])
     return copied, higher
+
+
+@_inner
+def _from_float16(magnitude: Any) -> Any:
+    """A float32, made by integers: the exponent's bias is larger by 112."""
+    no_leading_bit = magnitude < 0x0400
+    bias = 112 + 112 * (magnitude >= 0x7C00) + no_leading_bit
+    bits = np.uint32((magnitude << 13) + (bias << 23))
+    return np.float32(bits.view(np.float32) - np.float32(no_leading_bit * 2.0**-14))
 
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_INFINITY = np.uint32(0x7F800000)
+_INFINITY = np.uint32(FORMATS[torch.float32].infinity)
+_MAGNITUDE, _PRODUCT, _HASH = np.uint8(0), np.uint8(1), np.uint8(2)
 
 
 @_inner
@@ -148,13 +153,22 @@ def _score(
 ) -> None:
     """Patterns of float32 scores of ``into.size`` entries from ``start`` on.
 
-    Products if there are weights, as :class:`~.scores.Products` says, whose NaN lies
-    above infinity; else hashes, as :func:`~.scores.uniform` makes them.
+    Products as :class:`~.scores.Products` says, hashes as :func:`~.scores.uniform` makes them, or
+    the magnitudes of narrower entries. NaN, whose pattern lies above infinity's, counts as that.
     """
-    entry_shift, weight_shift, last, infinity, key, position = source
+    what, entry_shift, weight_shift, last, infinity, key, position = source
     # Slices, since an index that is a sum could be negative, and then nothing is vectorised.
     entries = entries[start : start + into.size]
-    if weights.size:
+    if what == _MAGNITUDE:
+        if entry_shift == 13:
+            for index in range(into.size):
+                value = np.float32(_from_float16(entries[index] & last))
+                into[index] = min(value.view(np.uint32), _INFINITY)
+        else:
+            for index in range(into.size):
+                pattern = np.uint32(np.uint32(entries[index] & last) << entry_shift)
+                into[index] = min(pattern, _INFINITY)
+    elif what == _PRODUCT:
         weights = weights[start : start + into.size]
         for index in range(into.size):
             entry = np.uint32(np.uint32(entries[index]) << entry_shift).view(np.float32)
@@ -183,13 +197,9 @@ def _score(
 def _sum_of_squares(patterns: Patterns, shift: Any, last: Any) -> float:
     """In float64; ``shift`` is how much wider than the entries' mantissa that of float32 is."""
     total = 0.0
-    if shift == 13:  # float16, whose exponent's bias is smaller by 112.
+    if shift == 13:
         for index in range(patterns.size):
-            magnitude = patterns[index] & last
-            no_leading_bit = magnitude < 0x0400
-            bias = 112 + 112 * (magnitude >= 0x7C00) + no_leading_bit
-            bits = np.uint32((magnitude << 13) + (bias << 23))
-            value = np.float64(bits.view(np.float32)) - no_leading_bit * 2.0**-14
+            value = np.float64(_from_float16(patterns[index] & last))
             total += value * value
     else:
         for index in range(patterns.size):
@@ -227,10 +237,21 @@ def _count_matching_magnitudes(
 @_Pass
 def _copy_magnitudes(
     patterns: Patterns, last: Any, low: Any, high: Any, into: Patterns
-) -> tuple[int, int]:
-    """Copy the magnitudes from low to below high; how many, and how many lie above these."""
-    copied, higher = _copy_between(patterns, last, low, high, into, 0)
-    return copied, higher
+) -> tuple[Any, int]:
+    """Copy what has a magnitude from low to below high, if there is room for it and a block more.
+
+    Returns:
+        How many there are, -1 if they do not fit; and how many magnitudes are not below high.
+    """
+    flags = np.empty(_BLOCK, np.uint8)
+    copied, higher = np.uintp(0), 0
+    for start in range(0, patterns.size, _BLOCK):
+        if copied + _BLOCK > into.size:
+            return np.int64(-1), 0
+        run = patterns[start : start + _BLOCK]
+        copied, more = _copy_between(run, last, low, high, flags, into, copied)
+        higher += more
+    return np.int64(copied), higher
 
 
 @_Pass
@@ -262,16 +283,18 @@ def _count_matching_scores(
 def _copy_scores(
     entries: Patterns, weights: Patterns, source: _Source, last: Any, low: Any, high: Any,
     into: Patterns,
-) -> tuple[int, int]:  # fmt: skip
+) -> tuple[Any, int]:  # fmt: skip
     """:func:`_copy_magnitudes` of scores."""
-    block = np.empty(_BLOCK, np.uint32)
-    copied = higher = 0
+    block, flags = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint8)
+    copied, higher = np.uintp(0), 0
     for start in range(0, entries.size, _BLOCK):
+        if copied + _BLOCK > into.size:
+            return np.int64(-1), 0
         scores = block[: min(_BLOCK, entries.size - start)]
         _score(entries, weights, source, start, scores)
-        copied, more = _copy_between(scores, last, low, high, into, copied)
+        copied, more = _copy_between(scores, last, low, high, flags, into, copied)
         higher += more
-    return copied, higher
+    return np.int64(copied), higher
 
 
 @_Pass
@@ -320,12 +343,9 @@ def _mask_scores(
     return kept, before, after
 
 
-# How much wider the mantissa of float32 is.
-_SHIFT = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
-
-# What scores are made of: the shift of an entry and of a weight; an entry's bits but for the sign;
-# the pattern of infinity; the key and the first position of a hash.
-_Source = tuple[np.uint32, np.uint32, Any, Any, np.uint64, np.uint64]
+# What scores are made of: what they are; the shift of an entry and of a weight; an entry's bits but
+# for the sign; the pattern of infinity; the key and the first position of a hash.
+_Source = tuple[np.uint8, np.uint32, np.uint32, Any, Any, np.uint64, np.uint64]
 
 
 class _Piece(NamedTuple):
@@ -333,12 +353,14 @@ class _Piece(NamedTuple):
 
     Attributes:
         tensor: Which of the pass's tensors.
+        row: Its row.
         patterns: Bit patterns of the entries, a view of the tensor's memory.
         scored: What a pass needs to score them: patterns, those of weights, and their source;
-            patterns alone where scores are magnitudes.
+            patterns alone where scores are the entries' own magnitudes.
     """
 
     tensor: int
+    row: int
     patterns: Patterns
     scored: tuple[Any, ...]
 
@@ -349,41 +371,56 @@ def _patterns(tensor: Tensor) -> Patterns:
     return patterns
 
 
-def _piece(index: int, scores: Scores, start: int, stop: int) -> _Piece:
-    patterns = _patterns(scores.entries)[start:stop]
-    if isinstance(scores, Magnitudes):
-        return _Piece(index, patterns, (patterns,))
-    dtype = scores.entries.dtype
-    unsigned = _UNSIGNED[dtype.itemsize]
-    infinity = torch.tensor(float("inf"), dtype=dtype, device="cpu").view(_SIGNED[dtype.itemsize])
-    weights, weight_shift, key, first = np.empty(0, np.uint16), 0, 0, 0
-    if isinstance(scores, Products):
-        weights, weight_shift = _patterns(scores.weights)[start:stop], _SHIFT[scores.weights.dtype]
-    elif isinstance(scores, Hashes):
-        key, first = scores.key, scores.first + start
-    source = (
-        np.uint32(_SHIFT[dtype]),
-        np.uint32(weight_shift),
-        unsigned(torch.iinfo(_SIGNED[dtype.itemsize]).max),
-        unsigned(int(infinity)),
-        np.uint64(key % 2**64),
-        np.uint64(first % 2**64),
-    )
-    return _Piece(index, patterns, (patterns, weights, source))
+_NO_WEIGHTS = np.empty(0, np.uint16)
 
 
-def _shares(scores: Sequence[Scores]) -> list[list[_Piece]]:
+def _pieces(batch: Batch) -> Callable[[int, int, int], _Piece]:
+    """A function that makes the piece of a tensor between two of its entries."""
+    kind = batch.scores[0].kind(batch.dtype)
+    entry = FORMATS[kind.entries]
+    shifts = np.uint32(entry.widening), np.uint32(FORMATS[kind.weights or kind.entries].widening)
+    constants = *shifts, entry.unsigned(entry.last), entry.unsigned(entry.infinity)
+    makes_scores = _makes_scores(batch)
+    patterns = [_patterns(scores.entries) for scores in batch.scores]
+
+    def piece(tensor: int, start: int, stop: int) -> _Piece:
+        scores, row, of_piece = (
+            batch.scores[tensor],
+            batch.rows[tensor],
+            patterns[tensor][start:stop],
+        )
+        if not makes_scores:
+            return _Piece(tensor, row, of_piece, (of_piece,))
+        what, weights, key, first = _MAGNITUDE, _NO_WEIGHTS, 0, 0
+        if isinstance(scores, Products):
+            what, weights = _PRODUCT, _patterns(scores.weights)[start:stop]
+        elif isinstance(scores, Hashes):
+            what, key, first = _HASH, scores.key % 2**64, (scores.first + start) % 2**64
+        source = (what, *constants, np.uint64(key), np.uint64(first))
+        return _Piece(tensor, row, of_piece, (of_piece, weights, source))
+
+    return piece
+
+
+def _makes_scores(batch: Batch) -> bool:
+    """Whether scores are something else than the entries' own magnitudes."""
+    scores = batch.scores[0]
+    return not isinstance(scores, Magnitudes) or scores.entries.dtype != batch.dtype
+
+
+def _shares(batch: Batch) -> list[list[_Piece]]:
     """All entries, in order, cut into equal shares, several for each thread."""
-    sizes = [score.entries.numel() for score in scores]
+    piece = _pieces(batch)
+    sizes = [scores.entries.numel() for scores in batch.scores]
     size = max(_SMALLEST_SHARE, -(-sum(sizes) // (torch.get_num_threads() * _SHARES_A_THREAD)))
     shares: list[list[_Piece]] = [[] for _ in range(-(-sum(sizes) // size))]
     done = 0
-    for index, (score, entries) in enumerate(zip(scores, sizes, strict=True)):
+    for tensor, entries in enumerate(sizes):
         start = 0
         while start < entries:
             share = done // size
             stop = min(entries, start + (share + 1) * size - done)
-            shares[share].append(_piece(index, score, start, stop))
+            shares[share].append(piece(tensor, start, stop))
             done += stop - start
             start = stop
     return shares
@@ -485,159 +522,95 @@ def _in_threads(work: Callable[[int], None], shares: int) -> None:
 
 def _scalars(dtype: torch.dtype, values: Tensor) -> list[np.unsignedinteger[Any]]:
     """``values`` as integers of the width of ``dtype``, which keeps the compiled loops narrow."""
-    return list(values.numpy().astype(_UNSIGNED[dtype.itemsize]))
+    return list(values.numpy().astype(FORMATS[dtype].unsigned))
 
 
-def _bits_from(
-    dtype: torch.dtype, shift: int
-) -> tuple[np.unsignedinteger[Any], np.unsignedinteger[Any]]:
-    """``shift``, and the mask of the bits from there up to the sign, after the shift."""
-    unsigned = _UNSIGNED[dtype.itemsize]
-    return unsigned(shift), unsigned(torch.iinfo(_SIGNED[dtype.itemsize]).max >> shift)
+def count_digits(batch: Batch, digit: Digit, prefixes: Tensor | None, counts: Tensor) -> None:
+    """See :meth:`~.contract.Backend.count_digits`.
 
-
-def count_digits(
-    scores: Sequence[Scores],
-    rows: Sequence[int],
-    dtype: torch.dtype,
-    digit: Digit,
-    prefixes: Tensor | None,
-    counts: Tensor,
-) -> None:
-    """:func:`~.dispatch.count_digits` for scores of one kind on the CPU.
-
-    A row that lies within one share is counted where it belongs. The others, two for most shares,
-    are counted apart and added when the share is done.
+    A row that lies within one share is counted where it belongs. Of the rest, two for most shares,
+    each share counts its part apart and adds it when it is done.
     """
-    shares = [(share, {rows[piece.tensor] for piece in share}) for share in _shares(scores)]
-    spans = Counter(row for _, here in shares for row in here)
+    shares = [(share, {piece.row for piece in share}) for share in _shares(batch)]
+    spans = Counter(row for _, rows in shares for row in rows)
     table: Counts = counts.numpy()
-    unsigned = _UNSIGNED[dtype.itemsize]
+    unsigned, last = FORMATS[batch.dtype].unsigned, FORMATS[batch.dtype].last
+    above = digit.shift + digit.width
     bits = unsigned(digit.shift), unsigned((1 << digit.width) - 1)
-    above = _bits_from(dtype, digit.shift + digit.width)
-    of_rows = None if prefixes is None else _scalars(dtype, prefixes)
-    are_magnitudes = isinstance(scores[0], Magnitudes)
-    count_all = _count_magnitudes if are_magnitudes else _count_scores
-    count_some = _count_matching_magnitudes if are_magnitudes else _count_matching_scores
+    bits_above = unsigned(above), unsigned(last >> above)
+    of_rows = None if prefixes is None else _scalars(batch.dtype, prefixes)
+    makes_scores = _makes_scores(batch)
+    count_all = _count_scores if makes_scores else _count_magnitudes
+    count_some = _count_matching_scores if makes_scores else _count_matching_magnitudes
     adding = Lock()
 
     def count(index: int) -> None:
-        share, here = shares[index]
-        into = {row: table[row] if spans[row] == 1 else np.zeros_like(table[row]) for row in here}
+        share, rows = shares[index]
+        into = {row: table[row] if spans[row] == 1 else np.zeros_like(table[row]) for row in rows}
         for piece in share:
-            row = rows[piece.tensor]
             if of_rows is None:
-                count_all(*piece.scored, *bits, into[row])
+                count_all(*piece.scored, *bits, into[piece.row])
             else:
-                count_some(*piece.scored, *bits, *above, of_rows[row], into[row])
+                prefix = of_rows[piece.row]
+                count_some(*piece.scored, *bits, *bits_above, prefix, into[piece.row])
         with adding:
-            for row in here:
+            for row in rows:
                 if spans[row] > 1:
                     table[row] += into[row]
 
     _in_threads(count, len(shares))
 
 
-def keep_candidates(
-    scores: Sequence[Scores],
-    rows: Sequence[int],
-    dtype: torch.dtype,
-    shift: int,
-    prefixes: Tensor,
-) -> list[Scores]:
-    """:func:`~.dispatch.keep_candidates` for scores of one kind on the CPU."""
-    low, high = prefixes << shift, (prefixes + 1) << shift
-    copies, _ = _copies(scores, rows, dtype, low, high, most_candidates)
-    return [score if copy is None else copy for score, copy in zip(scores, copies, strict=True)]
+def copy_between(batch: Batch, low: Tensor, high: Tensor, above: Tensor) -> list[Tensor | None]:
+    """See :meth:`~.contract.CPUBackend.copy_between`."""
+    shares = _shares(batch)
+    form = FORMATS[batch.dtype]
+    lows, highs = _scalars(batch.dtype, low), _scalars(batch.dtype, high)
+    results: list[list[tuple[Patterns | None, int]]] = [[] for _ in shares]
+    copy_pass = _copy_scores if _makes_scores(batch) else _copy_magnitudes
 
+    def copy(index: int) -> None:
+        most = [most_copies(piece.patterns.size) + _BLOCK for piece in shares[index]]
+        room = np.empty(max(most), form.unsigned)
+        for piece, size in zip(shares[index], most, strict=True):
+            limits = form.unsigned(form.last), lows[piece.row], highs[piece.row]
+            copied, higher = copy_pass(*piece.scored, *limits, room[:size])
+            part = None if copied < 0 else room[:copied] & limits[0]
+            results[index].append((part, higher))
 
-def keep_between(
-    scores: Sequence[Scores],
-    rows: Sequence[int],
-    low: Tensor,
-    high: Tensor,
-    above: Tensor,
-) -> list[Scores | None]:
-    """:func:`~.dispatch.keep_between` for scores of one kind on the CPU, not magnitudes."""
-    copies, higher = _copies(scores, rows, torch.float32, low, high, _most_between)
-    for row, count in zip(rows, higher, strict=True):
-        above[row] += count
+    _in_threads(copy, len(shares))
+    parts: list[list[Patterns | None]] = [[np.empty(0, form.unsigned)] for _ in batch.scores]
+    higher = [0] * len(parts)
+    for share, of_share in zip(shares, results, strict=True):
+        for piece, (part, more) in zip(share, of_share, strict=True):
+            parts[piece.tensor].append(part)
+            higher[piece.tensor] += more
+    copies: list[Tensor | None] = []
+    for of_tensor, row, more in zip(parts, batch.rows, higher, strict=True):
+        complete = [part for part in of_tensor if part is not None]
+        if len(complete) < len(of_tensor):
+            copies.append(None)
+        else:
+            copies.append(torch.from_numpy(np.concatenate(complete)).view(form.bits))
+            above.numpy()[row] += more
     return copies
 
 
-def _most_between(entries: int) -> int:
-    return max(4096, entries >> 4)  # All of a small tensor, where there is little to save.
-
-
-def _copies(
-    scores: Sequence[Scores],
-    rows: Sequence[int],
-    dtype: torch.dtype,
-    low: Tensor,
-    high: Tensor,
-    most: Callable[[int], int],
-) -> tuple[list[Scores | None], list[int]]:
-    """Scores whose patterns are from low to below high, at ``most`` so many of so many entries.
-
-    Returns:
-        For each tensor the copies, None where they are many; and how many are not below high.
-    """
-    shares = _shares(scores)
-    _, last = _bits_from(dtype, 0)
-    lows, highs = _scalars(dtype, low), _scalars(dtype, high)
-    found: list[list[tuple[Patterns | None, int]]] = [[] for _ in shares]
-    copy_pass = _copy_magnitudes if isinstance(scores[0], Magnitudes) else _copy_scores
-
-    def copy(index: int) -> None:
-        largest = max(piece.patterns.size for piece in shares[index])
-        room = np.empty(most(largest), _UNSIGNED[dtype.itemsize])
-        for piece in shares[index]:
-            into = room[: most(piece.patterns.size)]
-            limits = lows[rows[piece.tensor]], highs[rows[piece.tensor]]
-            copied, higher = copy_pass(*piece.scored, last, *limits, into)
-            found[index].append((None if copied < 0 else into[:copied].copy(), higher))
-
-    _in_threads(copy, len(shares))
-    parts: list[list[Patterns | None]] = [[] for _ in scores]
-    above = [0] * len(scores)
-    for share, results in zip(shares, found, strict=True):
-        for piece, (part, higher) in zip(share, results, strict=True):
-            parts[piece.tensor].append(part)
-            above[piece.tensor] += higher
-    return [_joined(of_tensor, dtype) for of_tensor in parts], above
-
-
-def _joined(parts: Sequence[Patterns | None], dtype: torch.dtype) -> Scores | None:
-    """The candidates of a tensor, None if a part of it has too many."""
-    there = [part for part in parts if part is not None]
-    if len(there) < len(parts):
-        return None
-    patterns = np.concatenate([np.empty(0, _UNSIGNED[dtype.itemsize]), *there])
-    return Magnitudes(torch.from_numpy(patterns).view(dtype))
-
-
-def mask_below_(
-    scores: Sequence[Scores],
-    rows: Sequence[int],
-    dtype: torch.dtype,
-    thresholds: Tensor,
-    totals: Tensor,
-) -> None:
-    """:func:`~.dispatch.mask_below_` for scores of one kind on the CPU."""
-    shares = _shares(scores)
-    entries_dtype = scores[0].entries.dtype
-    _, last = _bits_from(entries_dtype, 0)
-    of_rows = _scalars(dtype, thresholds)
-    of_entries = np.uint32(_SHIFT[entries_dtype]), last
-    mask_pass = _mask_magnitudes if isinstance(scores[0], Magnitudes) else _mask_scores
-    found: list[list[tuple[int, float, float]]] = [[] for _ in shares]
+def mask_below_(batch: Batch, thresholds: Tensor, totals: Tensor) -> None:
+    """See :meth:`~.contract.Backend.mask_below_`."""
+    shares = _shares(batch)
+    entry = FORMATS[batch.scores[0].entries.dtype]
+    of_rows = _scalars(batch.dtype, thresholds)
+    of_entries = np.uint32(entry.widening), entry.unsigned(entry.last)
+    mask_pass = _mask_scores if _makes_scores(batch) else _mask_magnitudes
+    results: list[list[tuple[int, float, float]]] = [[] for _ in shares]
 
     def mask(index: int) -> None:
         for piece in shares[index]:
-            found[index].append(mask_pass(*piece.scored, *of_entries, of_rows[rows[piece.tensor]]))
+            results[index].append(mask_pass(*piece.scored, *of_entries, of_rows[piece.row]))
 
     _in_threads(mask, len(shares))
     table: NDArray[np.float64] = totals.numpy()
-    for share, results in zip(shares, found, strict=True):  # In order: the same sums every time.
-        for piece, result in zip(share, results, strict=True):
+    for share, of_share in zip(shares, results, strict=True):  # In order: the same sums each time.
+        for piece, result in zip(share, of_share, strict=True):
             table[piece.tensor] += (piece.patterns.size, *result)

@@ -10,24 +10,32 @@ Knows flat tensors only.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 
 class Kind(NamedTuple):
-    """What decides which code a pass over scores needs."""
+    """What decides which code a pass over scores needs.
+
+    Attributes:
+        scores: The class of the scores.
+        entries: The dtype of the entries.
+        weights: That of the weights, if there are any.
+        compared: The dtype whose patterns are compared.
+    """
 
     scores: type[Scores]
     entries: torch.dtype
     weights: torch.dtype | None
+    compared: torch.dtype
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of the entries of one flat tensor.
+    """Scores of the entries of one flat tensor, float32 but for :class:`Magnitudes`.
 
     Attributes:
         entries: The gradient's entries, shape ``(entries,)``, which a mask sets to zero.
@@ -35,35 +43,35 @@ class Scores:
 
     entries: Tensor
 
-    @property
-    def kind(self) -> Kind:
-        """The kind of scores, and the dtypes that they are made of."""
-        return Kind(type(self), self.entries.dtype, None)
-
-    @property
-    def is_aligned(self) -> bool:
-        """Whether every item that scores are made of lies at a multiple of its size."""
-        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
-        return all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in tensors)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of :meth:`values`."""
-        return torch.float32
+    def kind(self, compared: torch.dtype) -> Kind:
+        """The kind of these scores where they are compared as that dtype."""
+        weights = self.weights.dtype if isinstance(self, Products) else None
+        return Kind(type(self), self.entries.dtype, weights, compared)
 
     def values(self, start: int, stop: int) -> Tensor:
         """The scores of the entries from ``start`` to ``stop``, whose signs do not count."""
         raise NotImplementedError
 
+    def sample(self, run: int, stride: int) -> Self:
+        """Scores like these of ``run`` neighbours in every ``stride`` entries, for an estimate."""
+        runs = {
+            name: tensor.unfold(0, min(run, len(tensor)), stride)[: len(tensor) // stride].flatten()
+            for name, tensor in self._tensors().items()
+        }
+        return replace(self, **runs)
+
+    def is_aligned(self) -> bool:
+        """Whether every item that scores are made of lies at a multiple of its size."""
+        tensors = self._tensors().values()
+        return all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in tensors)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
 
 @dataclass(frozen=True)
 class Magnitudes(Scores):
     """The magnitude of an entry, in the dtype of the entries."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the entries."""
-        return self.entries.dtype
 
     def values(self, start: int, stop: int) -> Tensor:
         """See :meth:`Scores.values`."""
@@ -79,11 +87,6 @@ class Products(Scores):
     """
 
     weights: Tensor
-
-    @property
-    def kind(self) -> Kind:
-        """See :attr:`Scores.kind`."""
-        return Kind(Products, self.entries.dtype, self.weights.dtype)
 
     def values(self, start: int, stop: int) -> Tensor:
         """See :meth:`Scores.values`."""

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="untyped-decorator, import-untyped, attr-defined"
-"""The passes of :mod:`~.dispatch` over memory of a GPU, as Triton kernels.
+"""The passes over memory of a GPU, as Triton kernels.
 
-Same results as the torch versions there; only sums of squares may differ in their last digits, for
+Same results as those of :mod:`~.eager`; only sums of squares may differ in their last digits, for
 they are taken in float32 within a block of 2^12 entries and in float64 beyond. One launch takes
 all tensors of a call: a table of addresses, copied from pinned memory without waiting, tells each
 program which entries are its own. No value comes back to the host. Positions have 64 bits.
@@ -38,7 +38,7 @@ Extra memory: 56 bytes a tensor for the table.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -47,16 +47,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from axolotl_gmt.kernels.dispatch import Digit
-from axolotl_gmt.kernels.scores import Given, Hashes, Products, Scores
+from axolotl_gmt.kernels.contract import Batch
+from axolotl_gmt.kernels.dtypes import COMPILED, FORMATS, Digit
+from axolotl_gmt.kernels.scores import Given, Hashes, Magnitudes, Products
 from axolotl_gmt.kernels.scores import Kind as KindOfScores
 
-DTYPES = frozenset({torch.bfloat16, torch.float16, torch.float32})
-
 _VALUE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-_PATTERN = {2: tl.int16, 4: tl.int32}
-_LAST = {2: 0x7FFF, 4: 0x7FFFFFFF}
-_INFINITY = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00, torch.float32: 0x7F800000}
 
 _ALIGNMENT = 16  # bytes: the table counts a tensor's programs, and kernels find them, by it alone
 
@@ -173,6 +169,8 @@ def _score(
     """The patterns, int32, of the scores of entries whose patterns are ``magnitudes``."""
     if score == "magnitude":
         patterns = magnitudes
+    elif score == "widened":
+        patterns = tl.minimum(_value(magnitudes, entry).to(tl.int32, bitcast=True), 0x7F800000)
     elif score == "product":
         products = _value(magnitudes, entry) * _load(source, lanes, there).to(tl.float32)
         # The pattern of NaN is above that of infinity, which it counts as.
@@ -395,7 +393,7 @@ class Kind(NamedTuple):
     """What the tensors of a launch have in common, for which its kernel is specialised.
 
     Attributes:
-        score: Where scores come from: "magnitude", "product" or "hash".
+        score: Where scores come from: "magnitude", "widened" (as float32), "product" or "hash".
         entry: The entries' dtype.
         weight: The weights' dtype for products, else that of the entries.
         aligned: Whether weights can be read as the entries are, 16 bytes at a time.
@@ -411,8 +409,8 @@ class Kind(NamedTuple):
         return {
             "entry": _VALUE[self.entry],
             "weight": _VALUE[self.weight],
-            "last": _LAST[self.entry.itemsize],
-            "infinity": _INFINITY[self.entry],
+            "last": FORMATS[self.entry].last,
+            "infinity": FORMATS[self.entry].infinity,
             "score": self.score,
             "aligned": self.aligned,
             "alignment": _ALIGNMENT,
@@ -454,7 +452,7 @@ def count_launch(kind: Kind, digit: Digit, has_prefixes: bool) -> Launch:
         return Launch(
             _count_lower, kind.constants() | constants | size.constants(), size.span, size.options()
         )
-    assert digit == Digit(kind.dtype().itemsize * 8 - 16, 15)
+    assert digit == Digit(FORMATS[kind.dtype()].upper, 15)
     block = _BLOCK[kind.dtype()]
     constants = {
         "window": _WINDOW[kind.dtype()],
@@ -476,8 +474,10 @@ def mask_launch(kind: Kind) -> Launch:
 
 def supports(kind: KindOfScores) -> bool:
     """Whether there are kernels for scores of that kind: all that need not be read as scores."""
-    dtypes = {kind.entries} if kind.weights is None else {kind.entries, kind.weights}
-    return kind.scores is not Given and dtypes <= DTYPES
+    dtypes = {kind.entries, kind.weights or kind.entries}
+    widens = kind.compared == torch.float32
+    is_whole = kind.scores is Magnitudes and kind.entries == kind.compared
+    return kind.scores is not Given and dtypes <= COMPILED and (widens or is_whole)
 
 
 def boundaries(itemsize: int) -> Iterator[tuple[int, int]]:
@@ -507,21 +507,19 @@ def boundary_layouts(itemsize: int, span: int) -> Iterator[tuple[int, int]]:
                 yield offset, span * programs - missing
 
 
-def spans(dtype: torch.dtype) -> list[int]:
-    """How many entries a program takes, for the kernels that look at scores of ``dtype``."""
-    return sorted({_BLOCK[dtype], _LOWER.span, _MASK.span})
-
-
-def _kind(scores: Sequence[Scores]) -> Kind:
-    """What ``scores``, of one class and of the same dtypes, have in common."""
-    entry = scores[0].entries.dtype
-    if isinstance(scores[0], Products):
+def _kind(batch: Batch) -> Kind:
+    """What the scores of ``batch``, of one class and of the same dtypes, have in common."""
+    scores = batch.scores[0]
+    entry = scores.entries.dtype
+    if isinstance(scores, Products):
         aligned = all(
             isinstance(score, Products) and _is_aligned(score.entries, score.weights)
-            for score in scores
+            for score in batch.scores
         )
-        return Kind("product", entry, scores[0].weights.dtype, aligned)
-    return Kind("hash" if isinstance(scores[0], Hashes) else "magnitude", entry, entry, True)
+        return Kind("product", entry, scores.weights.dtype, aligned)
+    if isinstance(scores, Hashes):
+        return Kind("hash", entry, entry, True)
+    return Kind("magnitude" if entry == batch.dtype else "widened", entry, entry, True)
 
 
 def _is_aligned(entries: Tensor, weights: Tensor) -> bool:
@@ -530,9 +528,7 @@ def _is_aligned(entries: Tensor, weights: Tensor) -> bool:
     return (weights.data_ptr() - unaligned * weights.element_size()) % _ALIGNMENT == 0
 
 
-def _table(
-    scores: Sequence[Scores], rows: Sequence[int], span: int, device: torch.device
-) -> tuple[Tensor, int]:
+def _table(batch: Batch, span: int, device: torch.device) -> tuple[Tensor, int]:
     """What kernels are told of each tensor, int64 ``(7, tensors)``, and the number of programs.
 
     The rows of the table are the tensor's address, entries and row, its first program, the address
@@ -541,7 +537,7 @@ def _table(
     """
     table: list[tuple[int, ...]] = []
     programs = 0
-    for score, row in zip(scores, rows, strict=True):
+    for score, row in batch.pairs():
         address, entries = score.entries.data_ptr(), score.entries.numel()
         weights = score.weights.data_ptr() if isinstance(score, Products) else 0
         key, position = (score.key, score.first) if isinstance(score, Hashes) else (0, 0)
@@ -559,49 +555,20 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
 
 
-def count_digits(
-    scores: Sequence[Scores],
-    rows: Sequence[int],
-    dtype: torch.dtype,
-    digit: Digit,
-    prefixes: Tensor | None,
-    counts: Tensor,
-) -> None:
-    """:func:`~.dispatch.count_digits` for scores of GPU tensors, compared as ``dtype``.
-
-    All scores are of one class. Their entries are of one dtype, and so are their weights.
-    """
-    if not scores:
-        return
-    kind = _kind(scores)
-    assert kind.dtype() == dtype
-    launch = count_launch(kind, digit, prefixes is not None)
-    table, programs = _table(scores, rows, launch.span, counts.device)
-    if programs == 0:
-        return
-    of_row = () if prefixes is None else (prefixes,)
-    with _on(counts.device):
-        launch.run(programs, table, *of_row, counts, len(scores))
+def count_digits(batch: Batch, digit: Digit, prefixes: Tensor | None, counts: Tensor) -> None:
+    """See :meth:`~.contract.Backend.count_digits`."""
+    launch = count_launch(_kind(batch), digit, prefixes is not None)
+    _run(launch, batch, *(() if prefixes is None else (prefixes,)), counts)
 
 
-def mask_below_(
-    scores: Sequence[Scores],
-    rows: Sequence[int],
-    dtype: torch.dtype,
-    thresholds: Tensor,
-    totals: Tensor,
-) -> None:
-    """:func:`~.dispatch.mask_below_` for scores of GPU tensors, compared as ``dtype``.
+def mask_below_(batch: Batch, thresholds: Tensor, totals: Tensor) -> None:
+    """See :meth:`~.contract.Backend.mask_below_`."""
+    _run(mask_launch(_kind(batch)), batch, thresholds, totals)
 
-    All scores are of one class. Their entries are of one dtype, and so are their weights.
-    """
-    if not scores:
-        return
-    kind = _kind(scores)
-    assert kind.dtype() == dtype
-    launch = mask_launch(kind)
-    table, programs = _table(scores, rows, launch.span, totals.device)
-    if programs == 0:
-        return
-    with _on(totals.device):
-        launch.run(programs, table, thresholds, totals, len(scores))
+
+def _run(launch: Launch, batch: Batch, *tensors: Tensor) -> None:
+    device = tensors[0].device
+    table, programs = _table(batch, launch.span, device)
+    if programs:
+        with _on(device):
+            launch.run(programs, table, *tensors, len(batch.scores))

@@ -20,6 +20,7 @@ from axolotl_gmt.config import GMTConfig, Granularity
 from axolotl_gmt.gradients.agreement import agree
 from axolotl_gmt.gradients.of_optimizer import step_gradients
 from axolotl_gmt.gradients.shard import Shard, StepGradients, plain_name, shape
+from axolotl_gmt.kernels.contract import Batch
 from axolotl_gmt.kernels.dispatch import mask_below_
 from axolotl_gmt.kernels.scores import Given, Magnitudes, Scores
 from axolotl_gmt.masking.scorers import Scorers
@@ -278,5 +279,5 @@ def _apply(
     for key in dict.fromkeys((shard.entries.device, shard.ranks) for shard in shards):
         alike = [i for i, s in enumerate(shards) if (s.entries.device, s.ranks) == key]
         totals = torch.zeros(len(alike), 4, dtype=torch.float64, device=key[0])
-        mask_below_([scores[i] for i in alike], [rows[i] for i in alike], dtype, thresholds, totals)
+        mask_below_(Batch(scores, rows, dtype).pick(alike), thresholds, totals)
         statistics.add([shards[i] for i in alike], totals)

@@ -5,6 +5,9 @@ patterns and a sum over its bins find the threshold without sorting (Li et al. 2
 types are counted digit by digit, the upper 15 bits first. NaN patterns lie above that of infinity,
 which makes every broken entry win. Nothing here reads a value back from a GPU.
 
+On a CPU one pass does for wider types what two digits do: a sample tells between which patterns the
+threshold lies, and of the few scores there, which the pass copies, it is known which one it is.
+
 Knows no parameters and no trainers, and of ranks only that rows of counts add up.
 """
 
@@ -12,23 +15,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from axolotl_gmt.gradients.shard import Ranks, Shard, sum_over_ranks
-from axolotl_gmt.kernels.dispatch import (
-    Digit,
-    copies_candidates,
-    count_digits,
-    finds_between,
-    keep_between,
-    keep_candidates,
-    magnitude_patterns,
-    no_counts,
-    sum_neighbours,
-)
-from axolotl_gmt.kernels.scores import Scores
+from axolotl_gmt.kernels.contract import Batch
+from axolotl_gmt.kernels.dispatch import copy_between, count_digits
+from axolotl_gmt.kernels.dtypes import FORMATS, Digit, digits
+from axolotl_gmt.kernels.eager import magnitude_patterns
+from axolotl_gmt.kernels.scores import Hashes, Scores
+
+# A row is sampled in so many runs of so many entries. Longer runs say less of the whole: the
+# entries of one row of a matrix are alike.
+_RUNS = 256
+_RUN = 32
+# A threshold outside of so many standard deviations around its estimate costs a count.
+_DEVIATIONS = 4.5
 
 
 def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -38,31 +44,7 @@ def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 def infinity_pattern(dtype: torch.dtype) -> int:
     """The bit pattern of infinity; patterns above it are NaN."""
-    return int(magnitude_patterns(torch.tensor(float("inf"), dtype=dtype, device="cpu"), dtype))
-
-
-def digits(dtype: torch.dtype, lower_width: int) -> list[Digit]:
-    """The digits, upper first, by which a magnitude of ``dtype`` is counted.
-
-    The first takes the upper 16 bits but for the sign, the others ``lower_width`` bits each.
-    """
-    upper = dtype.itemsize * 8 - 16
-    lower = range(upper - lower_width, -1, -lower_width)
-    return [Digit(upper, 15), *(Digit(shift, lower_width) for shift in lower)]
-
-
-def _take_bin(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """The bin that holds the k-th largest entry, and its rank k within that bin.
-
-    Args:
-        counts: int64 ``(groups, bins)``.
-        k: int64 ``(groups,)``, from 1.
-    """
-    from_top = counts.flip(-1).cumsum(-1)
-    above = from_top < k[:, None]
-    position = above.sum(-1).clamp(max=counts.size(-1) - 1)
-    rank = k - (from_top * above).amax(-1)
-    return counts.size(-1) - 1 - position, rank
+    return FORMATS[dtype].infinity
 
 
 def entries_to_keep(entries: Tensor, mask_ratio: float) -> Tensor:
@@ -88,20 +70,102 @@ def find_thresholds(
         int64 ``(rows,)`` on the first tensor's device, the same for all rows of a group; 0 for a
         group without entries.
     """
+    batch = Batch(scores, rows.of_shard, dtype)
+    # One digit is as cheap as copies. Ranks must count together, whatever one of them could do.
+    if len(digits(dtype)) == 1 or rows.are_shared() or not _may_read_back(scores):
+        return _count(batch, rows, mask_ratio)
+    thresholds = _copy(batch, len(rows), mask_ratio)
+    missed = [index for index, row in enumerate(batch.rows) if thresholds[row] is None]
+    if missed:
+        counted = _count(batch.pick(missed), rows, mask_ratio).tolist()
+        both = zip(thresholds, counted, strict=True)
+        thresholds = [of_count if known is None else known for known, of_count in both]
+    return torch.tensor(thresholds, dtype=torch.int64, device="cpu")
+
+
+def _may_read_back(scores: Sequence[Scores]) -> bool:
+    """Whether it costs no waiting to know how many scores are near the threshold."""
+    return all(score.entries.is_cpu for score in scores)
+
+
+def _copy(batch: Batch, rows: int, mask_ratio: float) -> list[int | None]:
+    """The threshold of each row, on one rank; None where it is not where it most likely is."""
+    n = torch.tensor(_entries(batch, rows), device="cpu")
+    k = entries_to_keep(n, mask_ratio)
+    low, high = _limits(batch, n, k)
+    copies = _of_rows(batch, low, high + 1, above := torch.zeros_like(n))
+    thresholds: list[int | None] = []
+    for copy, rank in zip(copies, (k - above).tolist(), strict=True):
+        if copy is None or not 1 <= rank <= len(copy):
+            thresholds.append(None)
+        else:
+            thresholds.append(int(np.partition(copy, -rank)[-rank]))
+    return thresholds
+
+
+def _entries(batch: Batch, rows: int) -> list[int]:
+    """How many entries each row has."""
+    entries = [0] * rows
+    for score, row in batch.pairs():
+        entries[row] += score.entries.numel()
+    return entries
+
+
+def _limits(batch: Batch, n: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Two patterns, between which the k-th largest of the n scores of a row most likely lies.
+
+    Of m scores that are drawn at random, the share below the k-th largest of all n has the mean
+    1 - k/n and a known deviation. Uniform scores are such a draw, of which need not be looked at.
+    """
+
+    def shares(m: Tensor) -> tuple[Tensor, Tensor]:
+        below, m = 1 - k / n.clamp(min=1), m.clamp(min=1)
+        margin = _DEVIATIONS * (below * (1 - below) / m).sqrt() + 2 / m
+        return (below - margin).clamp(0, 1), (below + margin).clamp(0, 1)
+
+    if all(isinstance(score, Hashes) for score in batch.scores):
+        low, high = (magnitude_patterns(share, batch.dtype).long() for share in shares(n))
+        return low, high
+    low, high = torch.zeros_like(n), torch.full_like(n, FORMATS[batch.dtype].last)
+    strides = (n // _RUNS).clamp(min=_RUN).tolist()
+    samples = [score.sample(_RUN, strides[row]) for score, row in batch.pairs()]
+    found = _of_rows(batch._replace(scores=samples), low, high, torch.zeros_like(n))
+    high.fill_(infinity_pattern(batch.dtype))
+    sizes = torch.tensor([0 if sample is None else len(sample) for sample in found], device="cpu")
+    first, last = ((share * sizes).long().tolist() for share in shares(sizes))
+    for row, sample in enumerate(found):
+        if sample is not None and 0 <= first[row] < last[row] < len(sample):
+            lower = np.partition(
+                sample, last[row]
+            )  # One at a time: several take ten times as long.
+            high[row] = min(int(lower[last[row]]), int(high[row]))
+            low[row] = int(np.partition(lower[: last[row]], first[row])[first[row]])
+    return low, high
+
+
+def _of_rows(
+    batch: Batch, low: Tensor, high: Tensor, above: Tensor
+) -> list[NDArray[np.signedinteger[Any]] | None]:
+    """What :func:`~axolotl_gmt.kernels.dispatch.copy_between` copies, row by row."""
+    rows: list[list[Tensor | None]] = [[] for _ in range(len(low))]
+    for copy, row in zip(copy_between(batch, low, high, above), batch.rows, strict=True):
+        rows[row].append(copy)
+    whole = [[copy for copy in copies if copy is not None] for copies in rows]
+    return [
+        torch.cat(some).numpy() if len(some) == len(copies) else None
+        for some, copies in zip(whole, rows, strict=True)
+    ]
+
+
+def _count(batch: Batch, rows: Rows, mask_ratio: float) -> Tensor:
+    """The threshold of each row, digit by digit, from the counts of all ranks and devices."""
     k: Tensor | None = None
     prefixes: Tensor | None = None
-    # Where candidates are copied, those that match the first digit make further passes cheap.
-    copies = all(copies_candidates(score.entries.device) for score in scores)
-    # A rank cannot know whether all others could, so that scores spread over ranks are counted.
-    if not rows.are_shared() and finds_between(scores, dtype):
-        found = _uniform_thresholds(scores, rows, mask_ratio, dtype)
-        if found is not None:
-            return found
-    for digit in digits(dtype, lower_width=8 if copies else 16):
-        counts = _count_on_every_device(scores, rows, dtype, digit, prefixes)
+    for digit in digits(batch.dtype):
+        counts = _count_on_every_device(batch, len(rows), digit, prefixes)
         # Ranks exchange sums over 2^8 neighbouring bins, then the bins of the winning sum only.
         fine = counts.view(len(rows), -1, 256)
-        coarse = rows.sum(sum_neighbours(counts))
+        coarse = rows.sum(_sum_neighbours(fine))
         if k is None:
             k = entries_to_keep(coarse.sum(-1), mask_ratio)
         upper, k = _take_bin(coarse, k)
@@ -109,76 +173,37 @@ def find_thresholds(
         lower, k = _take_bin(rows.sum(fine.gather(1, index).squeeze(1).long()), k)
         value = rows.spread((upper << 8) | lower)
         prefixes = value if prefixes is None else (prefixes << digit.width) | value
-        if copies and digit.shift > 0:
-            scores = keep_candidates(scores, rows.of_shard, dtype, digit.shift, prefixes)
     assert prefixes is not None
-    return prefixes.clamp(max=infinity_pattern(dtype))
+    return prefixes.clamp(max=infinity_pattern(batch.dtype))
 
 
-def _uniform_thresholds(
-    scores: Sequence[Scores], rows: Rows, mask_ratio: float, dtype: torch.dtype
-) -> Tensor | None:
-    """:func:`find_thresholds` of uniform scores on one rank; None if one is not where it must be.
+def _take_bin(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """The bin that holds the k-th largest entry, and its rank k within that bin.
 
-    Of n uniform scores the k-th largest lies within five standard deviations of 1 - k/n, but for
-    six groups in 10^7. One pass copies the scores there and counts those above; the k-th largest
-    is among the copies, and no pass has to make all scores again.
+    Args:
+        counts: int64 ``(groups, bins)``.
+        k: int64 ``(groups,)``, from 1.
     """
-    n = torch.zeros(len(rows), dtype=torch.int64, device="cpu")
-    for score, row in zip(scores, rows.of_shard, strict=True):
-        n[row] += score.entries.numel()
-    k = entries_to_keep(n, mask_ratio)
-    share = k.double() / n.clamp(min=1)
-    deviation = (share * (1 - share) / n.clamp(min=1)).sqrt() + 1.0 / n.clamp(min=1)
-    low, high = (
-        magnitude_patterns((1 - share + side * deviation).clamp(0, 1), dtype).long()
-        for side in (-5, 5)
-    )
-    above = torch.zeros_like(n)
-    copies = keep_between(scores, rows.of_shard, dtype, low, high, above)
-    between: list[list[Tensor]] = [[] for _ in range(len(rows))]
-    for copy, row in zip(copies, rows.of_shard, strict=True):
-        if copy is None:
-            return None
-        between[row].append(copy.entries)
-    thresholds = []
-    for parts, rank in zip(between, (k - above).tolist(), strict=True):
-        patterns = magnitude_patterns(torch.cat(parts), dtype)
-        if not 1 <= rank <= len(patterns):
-            return None
-        thresholds.append(patterns.kthvalue(len(patterns) - rank + 1).values)
-    return torch.stack(thresholds).long()
-
-
-def _counts_dtype(scores: Sequence[Scores], rows: Rows) -> torch.dtype:
-    """Int32 if no row has more entries here than it holds: half the memory to clear and sum."""
-    entries = [0] * len(rows)
-    for score, row in zip(scores, rows.of_shard, strict=True):
-        entries[row] += score.entries.numel()
-    return torch.int32 if max(entries) <= torch.iinfo(torch.int32).max else torch.int64
+    from_top = counts.flip(-1).cumsum(-1)
+    above = from_top < k[:, None]
+    position = above.sum(-1).clamp(max=counts.size(-1) - 1)
+    rank = k - (from_top * above).amax(-1)
+    return counts.size(-1) - 1 - position, rank
 
 
 def _count_on_every_device(
-    scores: Sequence[Scores],
-    rows: Rows,
-    dtype: torch.dtype,
-    digit: Digit,
-    prefixes: Tensor | None,
+    batch: Batch, rows: int, digit: Digit, prefixes: Tensor | None
 ) -> Tensor:
-    devices = [score.entries.device for score in scores]
-    counts_dtype = _counts_dtype(scores, rows)
-    total = no_counts(len(rows), 1 << digit.width, counts_dtype, devices[0])
+    """Counts of the digit ``(rows, bins)`` on the first tensor's device."""
+    devices = [score.entries.device for score in batch.scores]
+    # Half the memory to clear and sum, if no row has more entries than it holds.
+    fits = max(_entries(batch, rows)) <= torch.iinfo(torch.int32).max
+    dtype = torch.int32 if fits else torch.int64
+    total = _no_counts(rows, 1 << digit.width, dtype, devices[0])
     for device in dict.fromkeys(devices):
-        local = [index for index, of_score in enumerate(devices) if of_score == device]
         counts = total if device == devices[0] else torch.zeros_like(total, device=device)
-        count_digits(
-            [scores[index] for index in local],
-            [rows.of_shard[index] for index in local],
-            dtype,
-            digit,
-            None if prefixes is None else prefixes.to(device),
-            counts,
-        )
+        local = batch.pick([i for i, of_score in enumerate(devices) if of_score == device])
+        count_digits(local, digit, None if prefixes is None else prefixes.to(device), counts)
         if device != devices[0]:
             total += counts.to(devices[0])
     return total
@@ -242,3 +267,22 @@ class Rows:
 
     def _one_row_a_group(self) -> bool:
         return self._group == list(range(self._groups))
+
+
+def _no_counts(rows: int, bins: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros ``(rows, bins)``.
+
+    On a CPU neither this nor :func:`_sum_neighbours` uses torch's threads: the work is small, and
+    where another process holds a core, as data loaders do, their barrier waits for milliseconds.
+    """
+    if device.type != "cpu":
+        return torch.zeros(rows, bins, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros((rows, bins), np.int32 if dtype == torch.int32 else np.int64))
+
+
+def _sum_neighbours(fine: Tensor) -> Tensor:
+    """Sums of the last dimension: counts ``(rows, bins / 256, 256)`` to int64."""
+    if not fine.is_cpu:
+        return fine.sum(-1)
+    # In the dtype of the counts, which holds the entries of a whole row; einsum is the fastest sum.
+    return torch.from_numpy(np.einsum("rbk->rb", fine.numpy())).long()

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton")
 
 from axolotl_gmt.kernels import triton_gpu
+from axolotl_gmt.kernels.contract import Batch
 from axolotl_gmt.kernels.scores import Products
 from benchmarks import kernel_budget
 from benchmarks.kernel_budget import Budget, Case
@@ -117,7 +118,7 @@ def test_a_triton_kernel_reads_weights_as_widely_as_they_lie(
     scores = [Products(memory[0, 3:40], memory[1, 3:40]), Products(memory[0], memory[1])]
     if apart:
         scores[1] = Products(memory[0, :40], memory[1, apart : 40 + apart])
-    kind = triton_gpu._kind(scores)
+    kind = triton_gpu._kind(Batch(scores, [0, 0], torch.float32))
     assert kind.aligned == (apart == 0)
     if apart < 2:
         found = compiler.submit(_read, "mask, product bf16 x bf16", kind.aligned).result()

@@ -10,12 +10,8 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 import pytest
 import torch
 
-from axolotl_gmt.config import Granularity
 from tests.kernels import gpu_path_checks, kernel_checks
 from tests.kernels.kernel_checks import CONTENTS, DTYPES, LAYOUTS
-
-# The slow interpreter needs no more than the smallest and the largest programs for both designs.
-OLD_TRITON = ["ragged", "many programs"]
 
 
 def _process(**environment: str) -> Executor:
@@ -45,8 +41,9 @@ def test_triton_kernels_agree_with_torch(interpreter: Executor, dtype: str, layo
     interpreter.submit(kernel_checks.check_triton, "cpu", dtype, layout).result()
 
 
-@pytest.mark.parametrize("score", ["magnitude", "hash"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("score", "dtype"), [*(("magnitude", dtype) for dtype in DTYPES), ("hash", "bf16")]
+)
 def test_triton_kernels_take_every_entry_once_wherever_a_tensor_lies_and_ends(
     interpreter: Executor, dtype: str, score: str
 ) -> None:
@@ -90,7 +87,6 @@ def test_hashes_that_triton_kernels_make_are_those_of_torch(
     interpreter.submit(kernel_checks.check_made_scores, "cpu", "hash", entry, entry, 0).result()
 
 
-@pytest.mark.parametrize("granularity", ["tensor", "layer", "global"])
 @pytest.mark.parametrize(
     ("criterion", "dtype"),
     [
@@ -102,17 +98,16 @@ def test_hashes_that_triton_kernels_make_are_those_of_torch(
     ],
 )
 def test_the_whole_triton_path_gives_the_mask_of_the_reference(
-    interpreter: Executor, criterion: str, dtype: str, granularity: Granularity
+    interpreter: Executor, criterion: str, dtype: str
 ) -> None:
-    interpreter.submit(gpu_path_checks.check, criterion, dtype, granularity).result()
+    interpreter.submit(gpu_path_checks.check, criterion, dtype).result()
 
 
-@pytest.mark.parametrize("layout", OLD_TRITON)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_triton_kernels_agree_with_torch_without_a_fast_histogram(
-    interpreter: Executor, dtype: str, layout: str
+def test_triton_kernels_count_as_torch_without_a_fast_histogram(
+    interpreter: Executor, dtype: str
 ) -> None:
-    interpreter.submit(kernel_checks.check_triton, "cpu", dtype, layout, False).result()
+    interpreter.submit(kernel_checks.check_old_triton, "cpu", dtype, "ragged").result()
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="no NVIDIA GPU")

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from axolotl_gmt.gradients.shard import Shard
-from axolotl_gmt.kernels import dispatch
+from axolotl_gmt.kernels import dispatch, eager
+from axolotl_gmt.kernels.contract import Batch
 from axolotl_gmt.kernels.dispatch import mask_below_
 from axolotl_gmt.kernels.scores import Hashes, Magnitudes, Products, Scores
 from axolotl_gmt.masking.threshold import Rows, common_dtype, find_thresholds
@@ -50,7 +51,7 @@ def fast(gradients: list[Tensor], mask_ratio: float) -> tuple[list[Tensor], Tens
     scores = [Magnitudes(tensor) for tensor in entries]
     thresholds = find_thresholds(scores, rows, mask_ratio, dtype)
     totals = torch.zeros(len(entries), 4, dtype=torch.float64)
-    mask_below_(scores, rows.of_shard, dtype, thresholds, totals)
+    mask_below_(Batch(scores, rows.of_shard, dtype), thresholds, totals)
     return entries, totals
 
 
@@ -112,7 +113,7 @@ def test_tensors_of_any_dtypes_compete_like_the_reference(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tensors_of_several_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_CHUNK", 64)
+    monkeypatch.setattr(eager, "chunk_size", lambda device: 64)
     generator = torch.Generator().manual_seed(1)
     assert_like_reference([torch.randn(1000, generator=generator).to(dtype)], 0.7)
 
@@ -181,7 +182,7 @@ def test_scores_of_any_kinds_are_masked_like_the_reference(
     rows = rows_of([[score.entries for score in scores]])
     thresholds = find_thresholds(scores, rows, mask_ratio, torch.float32)
     totals = torch.zeros(len(scores), 4, dtype=torch.float64)
-    mask_below_(scores, rows.of_shard, torch.float32, thresholds, totals)
+    mask_below_(Batch(scores, rows.of_shard, torch.float32), thresholds, totals)
     for score, expected in zip(scores, masked_by_scores(before, values, mask_ratio), strict=True):
         assert torch.equal(bits(score.entries), bits(expected))
 
@@ -197,7 +198,7 @@ def test_hashes_of_large_tensors_are_masked_like_the_reference(
     rows = rows_of([[score.entries for score in scores]])
     thresholds = find_thresholds(scores, rows, mask_ratio, torch.float32)
     totals = torch.zeros(len(scores), 4, dtype=torch.float64)
-    mask_below_(scores, rows.of_shard, torch.float32, thresholds, totals)
+    mask_below_(Batch(scores, rows.of_shard, torch.float32), thresholds, totals)
     for score, expected in zip(scores, masked_by_scores(before, values, mask_ratio), strict=True):
         assert torch.equal(score.entries, expected)
 
@@ -209,7 +210,9 @@ def test_scores_that_are_not_near_where_they_should_be_are_still_masked_exactly(
     before, values = entries.clone(), scores[0].values(0, len(entries)).clone()
     rows = rows_of([[entries]])
     thresholds = find_thresholds(scores, rows, 0.2, torch.float32)
-    mask_below_(scores, [0], torch.float32, thresholds, torch.zeros(1, 4, dtype=torch.float64))
+    mask_below_(
+        Batch(scores, [0], torch.float32), thresholds, torch.zeros(1, 4, dtype=torch.float64)
+    )
     assert torch.equal(entries, masked_by_scores([before], [values], 0.2)[0])
     assert not torch.equal(entries, before)
 

@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from axolotl_gmt import GMTConfig, GradientMasker
 from axolotl_gmt.kernels import dispatch
-from axolotl_gmt.kernels.scores import Kind, Magnitudes
+from axolotl_gmt.kernels.contract import Backend, Batch, most_copies
+from axolotl_gmt.kernels.dtypes import Digit
+from axolotl_gmt.kernels.scores import Hashes, Kind, Magnitudes, Products, Scores
+from axolotl_gmt.kernels.self_check import compare
 from tests.reference.gmt_reference import masked, masked_by_scores
 
-kernels_cpu = pytest.importorskip("axolotl_gmt.kernels.numba_cpu")
+numba_cpu = pytest.importorskip("axolotl_gmt.kernels.numba_cpu")
 
 
 @pytest.fixture
@@ -66,25 +69,29 @@ def assert_masked(optimizer: torch.optim.Optimizer, gradients: list[Tensor]) -> 
 
 
 @pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize(
+    ("dtype", "makes_room"), [(torch.bfloat16, "zeros_like"), (torch.float32, "empty")]
+)
 @pytest.mark.parametrize("call", [1, 2, 5])
-def test_a_count_that_fails_half_way_ends_the_step_and_the_next_one_is_exact(
-    call: int, monkeypatch: pytest.MonkeyPatch
+def test_a_pass_that_fails_half_way_ends_the_step_and_the_next_one_is_exact(
+    dtype: torch.dtype, makes_room: str, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gradients = normal(1_000_000)
+    """bf16 is counted, and of fp32 a part is copied."""
+    gradients = [gradient.to(dtype) for gradient in normal(1_000_000)]
     optimizer = optimizer_of(gradients)
     optimizer.step()  # Whatever is compiled is compiled now.
     calls = iter(range(1, 100))
-    zeros_like = np.zeros_like
+    make_room = getattr(np, makes_room)
 
-    def fail(array: Any) -> Any:
+    def fail(*arguments: Any) -> Any:
         if next(calls) == call:
             raise MemoryError("planted")
-        return zeros_like(array)
+        return make_room(*arguments)
 
     for weight, gradient in zip(optimizer.param_groups[0]["params"], gradients, strict=True):
         weight.grad = gradient.clone()
     with monkeypatch.context() as patch:
-        patch.setattr(np, "zeros_like", fail)
+        patch.setattr(np, makes_room, fail)
         with pytest.raises(MemoryError, match="planted"):
             optimizer.step()
     assert torch.equal(gradients_of(optimizer)[0], gradients[0])
@@ -109,7 +116,7 @@ def test_no_thread_works_any_more_when_a_pass_has_failed() -> None:
         working -= 1
 
     with pytest.raises(MemoryError, match="planted"):
-        kernels_cpu._in_threads(work, 16)
+        numba_cpu._in_threads(work, 16)
     assert working == 0
 
 
@@ -127,24 +134,24 @@ def test_threads_that_cannot_start_change_nothing(
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    kernels_cpu._pool.cache_clear()
+    numba_cpu._pool.cache_clear()
     counts = torch.zeros(1, 1 << 15, dtype=torch.int32)
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
         optimizer.step()
-        kernels_cpu._pool.cache_clear()
+        numba_cpu._pool.cache_clear()
         started = iter(range(startable))
-        scores = [Magnitudes(gradients[0])]
-        dispatch.count_digits(scores, [0], torch.float32, dispatch.Digit(16, 15), None, counts)
+        batch = Batch([Magnitudes(gradients[0])], [0], torch.float32)
+        dispatch.count_digits(batch, Digit(16, 15), None, counts)
     assert_masked(optimizer, gradients)
     assert int(counts.sum()) == 2_000_000
-    kernels_cpu._pool.cache_clear()
+    numba_cpu._pool.cache_clear()
 
 
 def test_there_is_one_pool_of_threads_whatever_the_sizes_are(
     four_threads: None,
 ) -> None:
-    kernels_cpu._pool.cache_clear()
+    numba_cpu._pool.cache_clear()
     for size in (70_000, 140_000, 200_000, 2_000_000):
         optimizer_of(normal(size)).step()
     ours = [t for t in threading.enumerate() if t.name.startswith("axolotl_gmt")]
@@ -166,7 +173,7 @@ def test_an_interrupt_waits_for_the_threads_that_still_write() -> None:
         running -= 1
 
     with pytest.raises(KeyboardInterrupt):
-        kernels_cpu._in_threads(work, 8)
+        numba_cpu._in_threads(work, 8)
     assert running == 0
 
 
@@ -174,8 +181,8 @@ def test_an_interrupt_waits_for_the_threads_that_still_write() -> None:
 def test_work_that_was_queued_for_a_thread_that_cannot_start_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kernels_cpu._pool.cache_clear()
-    pool = kernels_cpu._pool(3, os.getpid(), kernels_cpu._flushes_denormals())
+    numba_cpu._pool.cache_clear()
+    pool = numba_cpu._pool(3, os.getpid(), numba_cpu._flushes_denormals())
     begun, release = threading.Event(), threading.Event()
 
     def keep_busy() -> None:
@@ -198,9 +205,9 @@ def test_work_that_was_queued_for_a_thread_that_cannot_start_is_waited_for(
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", refuse)
-        kernels_cpu._in_threads(work, 6)
+        numba_cpu._in_threads(work, 6)
     assert not running
-    kernels_cpu._pool.cache_clear()
+    numba_cpu._pool.cache_clear()
 
 
 @pytest.mark.usefixtures("four_threads")
@@ -251,7 +258,7 @@ if sys.argv[1] == "full":
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
 import torch
 torch.set_num_threads(4)
-from tests.unit.test_dispatch import assert_masked, normal, optimizer_of
+from tests.kernels.test_dispatch import assert_masked, normal, optimizer_of
 gradients = normal(1_000_000)
 optimizer = optimizer_of(gradients)
 optimizer.step()
@@ -286,7 +293,7 @@ def test_a_damaged_cache_is_said_with_what_to_delete(tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:40])
     log = step_in_a_process(tmp_path, "room")
     assert log.count("GMT compiles its passes anew in every run") == 1
-    assert "delete that folder's kernels_cpu.* files" in log
+    assert "delete that folder's numba_cpu.* files" in log
 
 
 def _missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,17 +304,17 @@ def _does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(kernels_cpu, "count_digits", fail)
+    monkeypatch.setattr(numba_cpu, "count_digits", fail)
 
 
 def _compiles_to_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    count_digits = kernels_cpu.count_digits
+    count_digits = numba_cpu.count_digits
 
     def wrong(*arguments: Any) -> None:
         count_digits(*arguments)
         arguments[-1][0, 5] += 1
 
-    monkeypatch.setattr(kernels_cpu, "count_digits", wrong)
+    monkeypatch.setattr(numba_cpu, "count_digits", wrong)
 
 
 @pytest.mark.usefixtures("afresh")
@@ -337,38 +344,64 @@ def test_kernels_are_imported_when_they_are_needed_and_not_before() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("wrong", ["count_digits", "mask_below_", "keep_candidates"])
-def test_a_compiled_pass_that_differs_from_torchs_is_found_out(
+@pytest.mark.parametrize("wrong", ["count_digits", "mask_below_", "copy_between"])
+def test_a_compiled_pass_that_differs_from_torchs_is_noticed(
     wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind = Kind(Magnitudes, torch.float32, None)
-    module = cast(dispatch.Backend, kernels_cpu)
-    dispatch.compare_with_torch(module, torch.device("cpu"), kind)
+    kind = Kind(Magnitudes, torch.float32, None, torch.float32)
+    backend = cast(Backend, numba_cpu)
+    compare(backend, torch.device("cpu"), kind)
     nothing: dict[str, Callable[..., Any]] = {
         "count_digits": lambda *arguments: None,
         "mask_below_": lambda *arguments: None,
-        "keep_candidates": lambda scores, *arguments: [Magnitudes(s.entries[:0]) for s in scores],
+        "copy_between": lambda batch, *limits: [torch.empty(0, dtype=torch.int32)] * len(batch[0]),
     }
-    monkeypatch.setattr(kernels_cpu, wrong, nothing[wrong])
+    monkeypatch.setattr(numba_cpu, wrong, nothing[wrong])
     with pytest.raises(RuntimeError, match="differ"):
-        dispatch.compare_with_torch(module, torch.device("cpu"), kind)
+        compare(backend, torch.device("cpu"), kind)
 
 
-@pytest.mark.parametrize("backend", ["compiled", "torch"])
-def test_candidates_are_the_entries_that_match_if_these_are_few(
-    backend: str, afresh: None, monkeypatch: pytest.MonkeyPatch
+def scores_of_every_kind() -> dict[str, Scores]:
+    first, second = normal(300_000, 300_000)
+    return {
+        "magnitudes": Magnitudes(first),
+        "magnitudes of bf16": Magnitudes(first.bfloat16()),
+        "magnitudes of fp16": Magnitudes(first.half()),
+        "products": Products(first.bfloat16(), second),
+        "hashes": Hashes(first, 5, 7),
+    }
+
+
+@pytest.mark.parametrize("kind", scores_of_every_kind())
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_lies_between_two_patterns_is_copied_if_it_is_little(
+    kind: str, compiled: bool, afresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if backend == "torch":
+    if not compiled:
         monkeypatch.setattr(dispatch, "_COMPILED", {})
-    (few,) = normal(300_000)
-    many = torch.full((1000,), 1.5)
-    prefixes = torch.tensor([int(few[7].abs().view(torch.int32)) >> 16, 0x3FC0])
-    scores = [Magnitudes(few), Magnitudes(many), Magnitudes(few[:0])]
-    kept_few, kept_many, kept_none = dispatch.keep_candidates(
-        scores, [0, 1, 0], torch.float32, 16, prefixes
+    scores = scores_of_every_kind()[kind]
+    values = scores.values(0, len(scores.entries)).float().abs()
+    ordered = values.sort().values
+    batch = Batch(
+        [scores, scores.sample(1, 1), scores.sample(1, 300_000)], [0, 1, 0], torch.float32
     )
-    matching = few.abs()[few.abs().view(torch.int32) >> 16 == prefixes[0]]
-    assert 0 < len(matching) == len(kept_few.entries)
-    assert torch.equal(kept_few.entries.abs(), matching)
-    assert kept_many is scores[1]
-    assert len(kept_none.entries) == 0
+    limits = torch.stack([ordered[[150_000, 160_000]], ordered[[50_000, 160_000]]]).T
+    low, high = limits.contiguous().view(torch.int32).long()
+    above = torch.zeros(2, dtype=torch.int64)
+    few, many, one = dispatch.copy_between(batch, low, high, above)
+    patterns = values.view(torch.int32)
+    assert few is not None
+    assert torch.equal(few, patterns[(patterns >= low[0]) & (patterns < high[0])])
+    assert many is None
+    assert 0 < len(few) <= most_copies(300_000)
+    is_one_above = int(values[0].view(torch.int32) >= high[0])
+    assert one is not None
+    assert above.tolist() == [int((patterns >= high[0]).sum()) + is_one_above, 0]
+
+
+@pytest.mark.usefixtures("afresh")
+def test_every_kind_of_scores_has_compiled_passes(caplog: pytest.LogCaptureFixture) -> None:
+    for scores in scores_of_every_kind().values():
+        backend = dispatch._backend("cpu", scores.kind(torch.float32))
+        assert backend is cast(Backend, numba_cpu)
+    assert not caplog.records
