@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 import click
@@ -79,10 +78,12 @@ def score_models(
         tasks = {
             model: progress.add_task(printable(model.name), total=len(problems)) for model in models
         }
-        return [
-            scoring.score_model(model, problems, max_new_tokens, partial(progress.advance, task))
-            for model, task in tasks.items()
-        ]
+        return scoring.score_models(
+            list(tasks),
+            problems,
+            max_new_tokens,
+            lambda model, answered: progress.advance(tasks[model], answered),
+        )
 
 
 def score_table(title: str, scores: Iterable[scoring.Score]) -> Table:

