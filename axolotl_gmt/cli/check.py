@@ -12,7 +12,7 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from axolotl_gmt.cli.console import PlainConsole, printable, remarks
+from axolotl_gmt.cli.console import PlainConsole, UserPath, printable, remarks
 
 if TYPE_CHECKING:
     from axolotl_gmt.tools.check.report import Plan, Report
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument(
-    "configs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="CONFIG..."
+    "configs", nargs=-1, required=True, type=UserPath(path_type=Path), metavar="CONFIG..."
 )
 @click.option(
     "--gpus",

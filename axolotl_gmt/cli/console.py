@@ -42,6 +42,16 @@ class PlainConsole(Console):
         return super().render_str(printable(text), **options)
 
 
+class UserPath(click.Path):
+    """A path, in which a NUL byte is wrong usage and not an error of the system's."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See :meth:`click.ParamType.convert`."""
+        if "\0" in str(value):
+            self.fail("has a NUL byte, which no path can have.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 # Progress and remarks go to stderr, so that what stdout holds can be piped.
 remarks = PlainConsole(stderr=True, soft_wrap=True)
 

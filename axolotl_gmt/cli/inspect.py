@@ -11,7 +11,7 @@ import click
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from axolotl_gmt.cli.console import PlainConsole, remarks
+from axolotl_gmt.cli.console import PlainConsole, UserPath, remarks
 from axolotl_gmt.errors import UserError
 from axolotl_gmt.files import whole
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("base", type=click.Path(path_type=Path), metavar="BASE")
-@click.argument("tuned", type=click.Path(path_type=Path), metavar="TUNED")
+@click.argument("base", type=UserPath(path_type=Path), metavar="BASE")
+@click.argument("tuned", type=UserPath(path_type=Path), metavar="TUNED")
 @click.option(
     "--png",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=UserPath(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="Draw heat maps over modules and layers into FILE, which must not exist yet.",
 )

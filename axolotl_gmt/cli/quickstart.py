@@ -7,14 +7,14 @@ from pathlib import Path
 
 import click
 
-from axolotl_gmt.cli.console import PlainConsole, remarks
+from axolotl_gmt.cli.console import PlainConsole, UserPath, remarks
 from axolotl_gmt.cli.score import score_models, score_table
 from axolotl_gmt.tools import quickstart as qs
 from axolotl_gmt.tools import scoring
 
 
 @click.command()
-@click.argument("folder", default="quickstart", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("folder", default="quickstart", type=UserPath(file_okay=False, path_type=Path))
 @click.option("--prepare-only", is_flag=True, help="Write the folder, but do not train or score.")
 def quickstart(folder: Path, prepare_only: bool) -> None:
     """Teach a small language model to add, with GMT, offline and on a CPU.

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from rich.table import Table
 
-from axolotl_gmt.cli.console import PlainConsole, remarks
+from axolotl_gmt.cli.console import PlainConsole, UserPath, remarks
 
 
 @click.command()
@@ -53,7 +53,7 @@ def recipes(as_json: bool) -> None:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=UserPath(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="File to write, which must not exist.  [default: stdout]",
 )

@@ -9,15 +9,15 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from axolotl_gmt.cli.console import PlainConsole, remarks
+from axolotl_gmt.cli.console import PlainConsole, UserPath, remarks
 
 
 @click.command()
-@click.argument("run_dir", type=click.Path(path_type=Path), metavar="RUN_DIR")
+@click.argument("run_dir", type=UserPath(path_type=Path), metavar="RUN_DIR")
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=UserPath(path_type=Path),
     metavar="DIR",
     help="Folder for the report.  [default: RUN_DIR/gmt_report]",
 )

@@ -10,18 +10,18 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from axolotl_gmt.cli.console import PlainConsole, printable, remarks
+from axolotl_gmt.cli.console import PlainConsole, UserPath, printable, remarks
 from axolotl_gmt.tools import scoring
 
 
 @click.command()
 @click.argument(
-    "models", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="MODEL..."
+    "models", nargs=-1, required=True, type=UserPath(path_type=Path), metavar="MODEL..."
 )
 @click.option(
     "--data",
     required=True,
-    type=click.Path(path_type=Path),
+    type=UserPath(path_type=Path),
     help='Chats in JSONL: {"messages": [turns]}, the last turn being the right answer.',
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Score only the first LIMIT problems.")

@@ -158,3 +158,22 @@ def test_names_that_a_terminal_would_obey_are_printed_with_escapes(arguments: li
     assert r"\x1b[31m" in result.output
     assert "\x1b" not in result.output
     assert "\u202e" not in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "a\0", "b"],
+        ["inspect", "a", "b", "--png", "c\0.png"],
+        ["report", "a\0"],
+        ["report", "a", "-o", "b\0"],
+        ["check", "a\0.yml"],
+        ["recipe", "math-qwen3-0.6b", "-o", "b\0.yml"],
+        ["score", "a\0", "--data", "b"],
+        ["quickstart", "a\0"],
+    ],
+)
+def test_a_path_with_a_nul_byte_is_wrong_usage(arguments: list[str]) -> None:
+    result = CliRunner().invoke(gmt, arguments)
+    assert result.exit_code == 2
+    assert "has a NUL byte" in result.output
