@@ -64,7 +64,7 @@ def package(folder: Path, name: str, text: str) -> str:
 
 @pytest.mark.parametrize("error", ["KeyboardInterrupt", "RuntimeError"])
 @pytest.mark.parametrize(
-    ("imported", "command"), [("click", []), ("safetensors", ["inspect", "a", "b"])]
+    ("imported", "command"), [("click", []), ("ml_dtypes", ["inspect", "a", "b"])]
 )
 def test_ctrl_c_during_imports_exits_with_130(
     error: str, imported: str, command: list[str], tmp_path: Path
