@@ -30,7 +30,9 @@ from axolotl_gmt.kernels.contract import Batch, most_copies
 from axolotl_gmt.kernels.dtypes import COMPILED, FORMATS, Digit
 from axolotl_gmt.kernels.scores import Given, Hashes, Kind, Magnitudes, Products
 
-_BLOCK = 256  # entries that a loop takes together; fewer cost more, with more the memory waits
+# Entries that a loop takes together; fewer cost more, with more the memory waits.
+_BLOCK = 256
+_SCORED = 512  # where scores are made
 _SHARES_A_THREAD = 4  # so that a thread which the system holds up does not hold up the others
 _SMALLEST_SHARE = 1 << 16  # entries; a thread for fewer costs more than it saves
 
@@ -180,7 +182,7 @@ def _score(
         for index in range(into.size):
             x = (state ^ (state >> np.uint64(30))) * _FACTORS[0]
             x = (x ^ (x >> np.uint64(27))) * _FACTORS[1]
-            x = x ^ (x >> np.uint64(31))
+            # The last step, x ^ (x >> 31), leaves the upper 24 bits as they are.
             upper = np.float32(np.int32(x >> np.uint64(40)))
             into[index] = np.float32(upper * np.float32(2.0**-24)).view(np.uint32)
             state += _FACTOR
@@ -259,9 +261,9 @@ def _count_scores(
     entries: Patterns, weights: Patterns, source: _Source, shift: Any, last: Any, counts: Counts
 ) -> None:
     """:func:`_count_magnitudes` of scores."""
-    block, digits = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint16)
-    for start in range(0, entries.size, _BLOCK):
-        scores = block[: min(_BLOCK, entries.size - start)]
+    block, digits = np.empty(_SCORED, np.uint32), np.empty(_SCORED, np.uint16)
+    for start in range(0, entries.size, _SCORED):
+        scores = block[: min(_SCORED, entries.size - start)]
         _score(entries, weights, source, start, scores)
         _count(scores, shift, last, counts, digits)
 
@@ -272,9 +274,9 @@ def _count_matching_scores(
     last_above: Any, prefix: Any, counts: Counts,
 ) -> None:  # fmt: skip
     """:func:`_count_matching_magnitudes` of scores."""
-    block = np.empty(_BLOCK, np.uint32)
-    for start in range(0, entries.size, _BLOCK):
-        scores = block[: min(_BLOCK, entries.size - start)]
+    block = np.empty(_SCORED, np.uint32)
+    for start in range(0, entries.size, _SCORED):
+        scores = block[: min(_SCORED, entries.size - start)]
         _score(entries, weights, source, start, scores)
         _count_matching(scores, shift, last, above, last_above, prefix, counts)
 
@@ -285,12 +287,12 @@ def _copy_scores(
     into: Patterns,
 ) -> tuple[Any, int]:  # fmt: skip
     """:func:`_copy_magnitudes` of scores."""
-    block, flags = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint8)
+    block, flags = np.empty(_SCORED, np.uint32), np.empty(_SCORED, np.uint8)
     copied, higher = np.uintp(0), 0
-    for start in range(0, entries.size, _BLOCK):
-        if copied + _BLOCK > into.size:
+    for start in range(0, entries.size, _SCORED):
+        if copied + _SCORED > into.size:
             return np.int64(-1), 0
-        scores = block[: min(_BLOCK, entries.size - start)]
+        scores = block[: min(_SCORED, entries.size - start)]
         _score(entries, weights, source, start, scores)
         copied, more = _copy_between(scores, last, low, high, flags, into, copied)
         higher += more
@@ -327,12 +329,12 @@ def _mask_scores(
 ) -> tuple[int, float, float]:
     """:func:`_mask_magnitudes` of scores."""
     narrow = entries.dtype.type
-    block = np.empty(_BLOCK, np.uint32)
+    block = np.empty(_SCORED, np.uint32)
     kept = 0
     before = 0.0
     after = 0.0
-    for start in range(0, entries.size, _BLOCK):
-        run = entries[start : start + _BLOCK]
+    for start in range(0, entries.size, _SCORED):
+        run = entries[start : start + _SCORED]
         scores = block[: run.size]
         _score(entries, weights, source, start, scores)
         before += _sum_of_squares(run, shift, last)
@@ -570,7 +572,7 @@ def copy_between(batch: Batch, low: Tensor, high: Tensor, above: Tensor) -> list
     copy_pass = _copy_scores if _makes_scores(batch) else _copy_magnitudes
 
     def copy(index: int) -> None:
-        most = [most_copies(piece.patterns.size) + _BLOCK for piece in shares[index]]
+        most = [most_copies(piece.patterns.size) + _SCORED for piece in shares[index]]
         room = np.empty(max(most), form.unsigned)
         for piece, size in zip(shares[index], most, strict=True):
             limits = form.unsigned(form.last), lows[piece.row], highs[piece.row]
@@ -579,20 +581,22 @@ def copy_between(batch: Batch, low: Tensor, high: Tensor, above: Tensor) -> list
             results[index].append((part, higher))
 
     _in_threads(copy, len(shares))
-    parts: list[list[Patterns | None]] = [[np.empty(0, form.unsigned)] for _ in batch.scores]
+    parts: list[list[Patterns | None]] = [[] for _ in batch.scores]
     higher = [0] * len(parts)
     for share, of_share in zip(shares, results, strict=True):
         for piece, (part, more) in zip(share, of_share, strict=True):
             parts[piece.tensor].append(part)
             higher[piece.tensor] += more
     copies: list[Tensor | None] = []
+    room_for_none = np.empty(0, form.unsigned)
     for of_tensor, row, more in zip(parts, batch.rows, higher, strict=True):
-        complete = [part for part in of_tensor if part is not None]
-        if len(complete) < len(of_tensor):
+        whole = [part for part in of_tensor if part is not None]
+        if len(whole) < len(of_tensor):
             copies.append(None)
-        else:
-            copies.append(torch.from_numpy(np.concatenate(complete)).view(form.bits))
-            above.numpy()[row] += more
+            continue
+        above.numpy()[row] += more
+        joined = whole[0] if len(whole) == 1 else np.concatenate([room_for_none, *whole])
+        copies.append(torch.from_numpy(joined).view(form.bits))
     return copies
 
 

@@ -31,10 +31,10 @@ from axolotl_gmt.kernels.scores import Hashes, Scores
 
 # A row is sampled in so many runs of so many entries. Longer runs say less of the whole: the
 # entries of one row of a matrix are alike.
-_RUNS = 256
-_RUN = 32
+_RUNS = 1024
+_RUN = 8
 # A threshold outside of so many standard deviations around its estimate costs a count.
-_DEVIATIONS = 4.5
+_DEVIATIONS = 4
 
 
 def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -99,7 +99,8 @@ def _copy(batch: Batch, rows: int, mask_ratio: float) -> list[int | None]:
         if copy is None or not 1 <= rank <= len(copy):
             thresholds.append(None)
         else:
-            thresholds.append(int(np.partition(copy, -rank)[-rank]))
+            copy.partition(-rank)
+            thresholds.append(int(copy[-rank]))
     return thresholds
 
 
@@ -126,20 +127,22 @@ def _limits(batch: Batch, n: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     if all(isinstance(score, Hashes) for score in batch.scores):
         low, high = (magnitude_patterns(share, batch.dtype).long() for share in shares(n))
         return low, high
-    low, high = torch.zeros_like(n), torch.full_like(n, FORMATS[batch.dtype].last)
-    strides = (n // _RUNS).clamp(min=_RUN).tolist()
-    samples = [score.sample(_RUN, strides[row]) for score, row in batch.pairs()]
-    found = _of_rows(batch._replace(scores=samples), low, high, torch.zeros_like(n))
-    high.fill_(infinity_pattern(batch.dtype))
-    sizes = torch.tensor([0 if sample is None else len(sample) for sample in found], device="cpu")
+    form = FORMATS[batch.dtype]
+    # Rows of a matrix have a multiple of 6 entries or of a power of 2, and then not all columns
+    # would be in the sample, if the stride had a factor in common with these.
+    strides = (n // (6 * _RUNS)).clamp(min=_RUN // 6 + 1).mul(6).add(1).tolist()
+    samples = batch._replace(scores=[s.sample(_RUN, strides[row]) for s, row in batch.pairs()])
+    zeros = torch.zeros_like(n)
+    drawn = _of_rows(samples, zeros, torch.full_like(n, form.last), zeros.clone())
+    sizes = torch.tensor([0 if sample is None else len(sample) for sample in drawn], device="cpu")
     first, last = ((share * sizes).long().tolist() for share in shares(sizes))
-    for row, sample in enumerate(found):
-        if sample is not None and 0 <= first[row] < last[row] < len(sample):
-            lower = np.partition(
-                sample, last[row]
-            )  # One at a time: several take ten times as long.
-            high[row] = min(int(lower[last[row]]), int(high[row]))
-            low[row] = int(np.partition(lower[: last[row]], first[row])[first[row]])
+    limits = [(0, form.infinity)] * len(drawn)
+    for row, (sample, lower, upper) in enumerate(zip(drawn, first, last, strict=True)):
+        if sample is not None and lower < upper < len(sample):
+            sample.partition(upper)  # One at a time: two in one call take ten times as long.
+            sample[:upper].partition(lower)
+            limits[row] = int(sample[lower]), min(int(sample[upper]), form.infinity)
+    low, high = torch.tensor(limits, device="cpu").T.contiguous()
     return low, high
 
 
@@ -152,7 +155,7 @@ def _of_rows(
         rows[row].append(copy)
     whole = [[copy for copy in copies if copy is not None] for copies in rows]
     return [
-        torch.cat(some).numpy() if len(some) == len(copies) else None
+        None if len(some) < len(copies) else (torch.cat(some) if some[1:] else some[0]).numpy()
         for some, copies in zip(whole, rows, strict=True)
     ]
 
