@@ -9,7 +9,10 @@ from torch import Tensor
 
 from axolotl_gmt.kernels.contract import Batch, chunk_size, most_copies
 from axolotl_gmt.kernels.dtypes import FORMATS, Digit
-from axolotl_gmt.kernels.scores import Kind, Scores
+from axolotl_gmt.kernels.scores import Kind, Magnitudes, Scores
+
+# Entries of scratch memory at a time, where scores need no making. Each chunk clears all bins.
+_CHUNK = 1 << 20
 
 
 def magnitude_patterns(entries: Tensor, dtype: torch.dtype) -> Tensor:
@@ -23,7 +26,8 @@ def magnitude_patterns(entries: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _chunks(scores: Scores, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     """Entries and the patterns of their scores, a chunk at a time."""
-    size = chunk_size(scores.entries.device)
+    is_read = isinstance(scores, Magnitudes)
+    size = _CHUNK if is_read else chunk_size(scores.entries.device)
     for start in range(0, len(scores.entries), size):
         entries = scores.entries[start : start + size]
         values = scores.values(start, start + len(entries))

@@ -114,6 +114,7 @@ def test_tensors_of_any_dtypes_compete_like_the_reference(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tensors_of_several_chunks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(eager, "chunk_size", lambda device: 64)
+    monkeypatch.setattr(eager, "_CHUNK", 64)
     generator = torch.Generator().manual_seed(1)
     assert_like_reference([torch.randn(1000, generator=generator).to(dtype)], 0.7)
 
