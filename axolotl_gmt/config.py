@@ -86,7 +86,17 @@ GranularitySetting = Annotated[Granularity, _one_of(*get_args(Granularity))]
 CriterionSetting = Annotated[
     str,
     BeforeValidator(_check_criterion),
-    Field(examples=["gradient", "random", "gradient_weight", "half"]),
+    Field(
+        examples=[
+            "gradient",
+            "random",
+            "fixed_random",
+            "smallest",
+            "gradient_weight",
+            "relative",
+            "half",
+        ]
+    ),
 ]
 _PATTERN: JsonDict = {"type": "string", "format": "regex"}
 Patterns = Annotated[
@@ -120,8 +130,8 @@ class GMTConfig(BaseModel):
     criterion: CriterionSetting = Field(
         default="gradient",
         description="What makes an entry important: `gradient` is the magnitude of its gradient, "
-        "the paper's; `random`, `gradient_weight`, `half` and those of installed packages are for "
-        "comparisons.",
+        "the paper's; `random`, `fixed_random`, `smallest`, `gradient_weight`, `relative`, `half` "
+        "and those of installed packages are for comparisons.",
     )
     include: Patterns = Field(
         default=None,
@@ -135,7 +145,8 @@ class GMTConfig(BaseModel):
     )
     seed: int | None = Field(
         default=None,
-        description="Seed for criteria that draw at random (`random`, `half`). "
+        description="Seed for criteria that draw at random (`random`, `fixed_random`, "
+        "`half`). "
         "Unset: the run's seed.",
     )
     log_modules: bool = Field(

@@ -10,6 +10,9 @@ optimizer, and again if parameters join later; what it said of the others then s
 - ``scorers``: for each of these names, how its entries are scored. One of
 
   - :data:`MAGNITUDE`: an entry's score is the magnitude of its gradient. Takes the fast path.
+  - :data:`SMALLEST`: the smaller the magnitude of its gradient, the larger an entry's score; an
+    entry whose gradient is 0 has the smallest. Such scores have no scale, so in one group mix them
+    with no others.
   - :data:`KEEP`: the whole gradient always survives, and competes with no other.
   - :data:`DROP`: the whole gradient is always set to zero, but for NaN and infinity.
   - a function from :class:`Entries` to scores, called at every optimizer step.
@@ -35,26 +38,26 @@ and with the scale of the loss in fp16, elsewhere clipped. These factors are com
 so a rule that does not depend on the scale of the whole gradient selects the same.
 
 A package offers criteria by a module with a hook, registered under the entry-point group
-``axolotl_gmt``. A complete one, which prefers entries that would change a weight the most
-relative to its size::
+``axolotl_gmt``. A complete one, which prefers the entries of the largest weights, whatever their
+gradients are::
 
-    # relative_change.py
+    # weight_magnitude.py
     from axolotl_gmt.criteria import hookimpl
 
-    def relative_change(shapes, seed):
+    def weight_magnitude(shapes, seed):
         def score(entries):
-            return entries.gradient.float().abs() / (entries.weight.float().abs() + 1e-6)
+            return entries.weight.float().abs()
         return dict.fromkeys(shapes, score)
 
     @hookimpl
     def gmt_criteria():
-        return {"relative_change": relative_change}
+        return {"weight_magnitude": weight_magnitude}
 
     # pyproject.toml
     [project.entry-points.axolotl_gmt]
-    relative_change = "relative_change"
+    weight_magnitude = "weight_magnitude"
 
-With it installed, ``gmt_criterion: relative_change`` selects by it.
+With it installed, ``gmt_criterion: weight_magnitude`` selects by it.
 """
 
 from __future__ import annotations
@@ -76,7 +79,7 @@ import torch
 from torch import Tensor
 
 from axolotl_gmt.kernels.contract import chunk_size
-from axolotl_gmt.kernels.scores import Given, Hashes, Products, Scores, uniform
+from axolotl_gmt.kernels.scores import Given, Hashes, Products, Quotients, Scores, uniform
 from axolotl_gmt.names import layer_name, place
 
 ENTRY_POINT_GROUP = "axolotl_gmt"
@@ -89,11 +92,13 @@ class Verdict(Enum):
     """How a parameter is masked without a score of its own for each entry."""
 
     MAGNITUDE = "the magnitude of its gradient is an entry's score"
+    SMALLEST = "the smaller the magnitude of its gradient, the larger an entry's score"
     KEEP = "every entry survives"
     DROP = "no entry survives"
 
 
-MAGNITUDE, KEEP, DROP = Verdict.MAGNITUDE, Verdict.KEEP, Verdict.DROP
+MAGNITUDE, SMALLEST = Verdict.MAGNITUDE, Verdict.SMALLEST
+KEEP, DROP = Verdict.KEEP, Verdict.DROP
 
 
 @dataclass(frozen=True)
@@ -181,11 +186,34 @@ def gradient(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, Scorer
     return dict.fromkeys(shapes, MAGNITUDE)
 
 
+def smallest(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, Scorer]:
+    """The reverse of ``gradient``: the smallest magnitudes survive.
+
+    The sharpest control for whether magnitude matters. What is compared is exact in every dtype,
+    see :class:`~axolotl_gmt.kernels.scores.Inverses`. An entry whose gradient is 0 ranks below all
+    others, so that the mask is not spent on entries that the gradient does not move.
+    """
+    del seed
+    return dict.fromkeys(shapes, SMALLEST)
+
+
 def gradient_weight(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, Scorer]:
     """|g * w|: to first order, how much the loss would change if the weight were zero."""
     del seed
 
     return dict.fromkeys(shapes, lambda entries: Products(entries.gradient, entries.weight))
+
+
+def relative(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, Scorer]:
+    """|g| / (|w| + 1e-8), the gradient relative to its weight, in float32.
+
+    Source: the gradient-to-weight ratio of GEM (Kang et al., arXiv 2508.16191). Unlike there, w is
+    the weight as it is at this step, and every tensor keeps the same share. Where w is 0 the ratio
+    is finite unless |g| is above 3e30; where w is infinite and g is not, it is 0.
+    """
+    del seed
+
+    return dict.fromkeys(shapes, lambda entries: Quotients(entries.gradient, entries.weight))
 
 
 def random_uniform(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, Scorer]:
@@ -195,20 +223,31 @@ def random_uniform(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, 
     parameter's name and the entry's position in the whole parameter, so the mask does not depend
     on the number of ranks, on the device or on where the run was resumed.
     """
+    return dict.fromkeys(
+        shapes, lambda entries: _hashed(entries, _key(seed, entries.step, entries.name))
+    )
 
-    def score(entries: Entries) -> Scores | Tensor:
-        key = _key(seed, entries.step, entries.name)
-        if entries.first_position is not None:
-            return Hashes(entries.gradient, key, entries.first_position)
-        size = len(entries.gradient)
-        scores = torch.empty(size, dtype=torch.float32, device=entries.gradient.device)
-        chunk = chunk_size(scores.device)
-        for start in range(0, size, chunk):
-            stop = min(start + chunk, size)
-            scores[start:stop] = uniform(entries.positions(start, stop), key)
-        return scores
 
-    return dict.fromkeys(shapes, score)
+def fixed_random(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, Scorer]:
+    """A uniform random mask of the same size, drawn once and the same at every step.
+
+    The control for persistence: masks of successive steps overlap far more by ``gradient`` than by
+    ``random``. A score is the hash of ``random`` without the step.
+    """
+    return dict.fromkeys(shapes, lambda entries: _hashed(entries, _key(seed, entries.name)))
+
+
+def _hashed(entries: Entries, key: int) -> Scores | Tensor:
+    """Uniform scores, made of the positions of the entries."""
+    if entries.first_position is not None:
+        return Hashes(entries.gradient, key, entries.first_position)
+    size = len(entries.gradient)
+    scores = torch.empty(size, dtype=torch.float32, device=entries.gradient.device)
+    chunk = chunk_size(scores.device)
+    for start in range(0, size, chunk):
+        stop = min(start + chunk, size)
+        scores[start:stop] = uniform(entries.positions(start, stop), key)
+    return scores
 
 
 def _key(*parts: object) -> int:
@@ -263,7 +302,10 @@ def half(shapes: Mapping[str, torch.Size], seed: int) -> Mapping[str, Scorer]:
 BUILT_IN: Mapping[str, Criterion] = {
     "gradient": gradient,
     "random": random_uniform,
+    "fixed_random": fixed_random,
+    "smallest": smallest,
     "gradient_weight": gradient_weight,
+    "relative": relative,
     "half": half,
 }
 

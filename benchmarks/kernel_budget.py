@@ -34,7 +34,7 @@ LANES = 32
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Of all pairs of entries and weights those that training has, and the widest of either.
-PRODUCTS = [
+WITH_WEIGHTS = [
     ("bf16", "bf16"),
     ("fp16", "fp16"),
     ("bf16", "fp32"),
@@ -76,14 +76,19 @@ class Case(NamedTuple):
             next(name for name, dtype in DTYPES.items() if dtype == of)
             for of in (self.kind.entry, self.kind.weight)
         )
-        of_weights = f" x {weight}" if self.kind.score == "product" else ""
+        of_weights = f" x {weight}" if self.reads_weights else ""
         return f"{self.step}, {self.kind.score} {entry}{of_weights}"
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether a score is made of a weight too."""
+        return self.kind.score in ("product", "quotient")
 
     @property
     def bytes_an_entry(self) -> int:
         """Bytes that are read and written for an entry."""
         moves = 2 if self.step == "mask" else 1
-        weight = self.kind.weight.itemsize if self.kind.score == "product" else 0
+        weight = self.kind.weight.itemsize if self.reads_weights else 0
         return moves * self.kind.entry.itemsize + weight
 
     @property
@@ -102,8 +107,13 @@ class Case(NamedTuple):
 def cases() -> Iterator[Case]:
     """Every kernel, for every dtype and source of scores."""
     kinds = [Kind("magnitude", dtype, dtype, True) for dtype in DTYPES.values()]
-    kinds += [Kind("product", DTYPES[entry], DTYPES[weight], True) for entry, weight in PRODUCTS]
+    kinds += [
+        Kind(score, DTYPES[entry], DTYPES[weight], True)
+        for score in ("product", "quotient")
+        for entry, weight in WITH_WEIGHTS
+    ]
     kinds += [Kind("hash", dtype, dtype, True) for dtype in DTYPES.values()]
+    kinds += [Kind("inverse", dtype, dtype, True) for dtype in DTYPES.values()]
     kinds += [Kind("widened", dtype, dtype, True) for dtype in (torch.bfloat16, torch.float16)]
     for kind in kinds:
         upper = Digit(FORMATS[kind.dtype()].upper, 15)
@@ -132,7 +142,7 @@ class Budget:
         stack: Bytes a thread.
         spills: Instructions that move a register to the stack, or back.
         shared: Bytes a program.
-        divisions: Of integers, each of which takes a reciprocal.
+        reciprocals: Each of which is part of a division, of integers or of floats.
         path: The instructions on the way of most entries, without the search for a program's
             tensor.
         ptx: What the machine code was made of.
@@ -142,7 +152,7 @@ class Budget:
     stack: int
     spills: int
     shared: int
-    divisions: int
+    reciprocals: int
     path: list[Instruction]
     ptx: str
 
@@ -201,7 +211,7 @@ def budget(case: Case, architecture: int) -> Budget:
         stack=int(usage[2]),
         spills=families.count("STL") + families.count("LDL"),
         shared=made.metadata.shared,
-        divisions=families.count("MUFU"),
+        reciprocals=families.count("MUFU"),
         path=main_path(code, case.cores),
         ptx=made.asm["ptx"],
     )

@@ -210,7 +210,7 @@ def test_the_package_on_the_criteria_page_can_be_installed_and_selects(
     (project,) = snippets(DOCS / "criteria.md", "toml")
     package, site = tmp_path / "package", tmp_path / "site"
     package.mkdir()
-    (package / "relative_change.py").write_text(module)
+    (package / "weight_magnitude.py").write_text(module)
     (package / "pyproject.toml").write_text(project)
     # As `pip install --no-deps .`, but with this environment's setuptools, not one of the network.
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--target", str(site)]
@@ -222,9 +222,8 @@ def test_the_package_on_the_criteria_page_can_be_installed_and_selects(
     importlib.invalidate_caches()
     weight = torch.nn.Parameter(torch.randn(6, 5))
     weight.grad = torch.randn(6, 5)
-    scores = weight.grad.abs() / (weight.detach().abs() + 1e-6)
-    (expected,) = masked_by_scores([weight.grad.clone()], [scores], 0.5)
+    (expected,) = masked_by_scores([weight.grad.clone()], [weight.detach().abs()], 0.5)
     optimizer = torch.optim.SGD([weight], lr=0.0)
-    GradientMasker([("w", weight)], GMTConfig(criterion="relative_change")).attach(optimizer)
+    GradientMasker([("w", weight)], GMTConfig(criterion="weight_magnitude")).attach(optimizer)
     optimizer.step()
     assert torch.equal(weight.grad, expected)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 class Format(NamedTuple):
@@ -50,3 +51,12 @@ def digits(dtype: torch.dtype) -> list[Digit]:
     """The digits of the patterns of ``dtype``, upper first: one of 15 bits, the rest of 16."""
     upper = FORMATS[dtype].upper
     return [Digit(upper, 15), *(Digit(shift, 16) for shift in range(upper - 16, -1, -16))]
+
+
+def magnitude_patterns(entries: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bit patterns of ``|entries|`` as ``dtype``: integers in the order of the magnitudes.
+
+    Where the dtype changes, NaN has the pattern of infinity: its bits are not kept by all devices.
+    """
+    patterns = entries.to(dtype).view(FORMATS[dtype].bits) & FORMATS[dtype].last
+    return patterns if entries.dtype == dtype else patterns.clamp_(max=FORMATS[dtype].infinity)

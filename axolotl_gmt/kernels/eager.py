@@ -15,23 +15,13 @@ from axolotl_gmt.kernels.scores import Kind, Magnitudes, Scores
 _CHUNK = 1 << 20
 
 
-def magnitude_patterns(entries: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bit patterns of ``|entries|`` as ``dtype``: integers in the order of the magnitudes.
-
-    Where the dtype changes, NaN has the pattern of infinity: its bits are not kept by all devices.
-    """
-    patterns = entries.to(dtype).view(FORMATS[dtype].bits) & FORMATS[dtype].last
-    return patterns if entries.dtype == dtype else patterns.clamp_(max=FORMATS[dtype].infinity)
-
-
 def _chunks(scores: Scores, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
     """Entries and the patterns of their scores, a chunk at a time."""
     is_read = isinstance(scores, Magnitudes)
     size = _CHUNK if is_read else chunk_size(scores.entries.device)
     for start in range(0, len(scores.entries), size):
         entries = scores.entries[start : start + size]
-        values = scores.values(start, start + len(entries))
-        yield entries, magnitude_patterns(values, dtype)
+        yield entries, scores.patterns(start, start + len(entries), dtype)
 
 
 def supports(kind: Kind) -> bool:

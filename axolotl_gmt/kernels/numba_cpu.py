@@ -28,7 +28,16 @@ from torch import Tensor
 
 from axolotl_gmt.kernels.contract import Batch, most_copies
 from axolotl_gmt.kernels.dtypes import COMPILED, FORMATS, Digit
-from axolotl_gmt.kernels.scores import Given, Hashes, Kind, Magnitudes, Products
+from axolotl_gmt.kernels.scores import (
+    EPSILON,
+    Given,
+    Hashes,
+    Inverses,
+    Kind,
+    Magnitudes,
+    Products,
+    Weighted,
+)
 
 # Entries that a loop takes together; fewer cost more, with more the memory waits.
 _BLOCK = 256
@@ -39,8 +48,13 @@ _SMALLEST_SHARE = 1 << 16  # entries; a thread for fewer costs more than it save
 Patterns = NDArray[np.unsignedinteger[Any]]
 Counts = NDArray[np.signedinteger[Any]]
 
-# Sums may be reordered, so that they can be vectorised.
-_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}}
+# Sums may be reordered, so that they can be vectorised; nothing here lets a quotient be other than
+# IEEE 754 says. Division by zero raises no error, for which each would have to be looked at.
+_OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "nsz"},
+}
 _inner = numba.njit(**_OPTIONS)  # For what only compiled code calls.
 
 
@@ -74,11 +88,10 @@ def give_up_cache() -> str | None:
 
 
 def supports(kind: Kind) -> bool:
-    """Whether there are passes for scores of that kind; not for products with float16."""
+    """Whether there are passes for scores of that kind; no weights with float16."""
     if kind.scores is Magnitudes and kind.entries == kind.compared:
         return kind.entries in COMPILED
-    products = {torch.bfloat16, torch.float32}
-    entries = products if kind.scores is Products else COMPILED
+    entries = {torch.bfloat16, torch.float32} if kind.weights else COMPILED
     return (
         kind.compared == torch.float32
         and kind.scores is not Given
@@ -146,7 +159,8 @@ def _from_float16(magnitude: Any) -> Any:
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _INFINITY = np.uint32(FORMATS[torch.float32].infinity)
-_MAGNITUDE, _PRODUCT, _HASH = np.uint8(0), np.uint8(1), np.uint8(2)
+_MAGNITUDE, _INVERSE, _PRODUCT, _QUOTIENT, _HASH = map(np.uint8, range(5))
+_EPSILON = np.float32(EPSILON)
 
 
 @_inner
@@ -155,13 +169,14 @@ def _score(
 ) -> None:
     """Patterns of float32 scores of ``into.size`` entries from ``start`` on.
 
-    Products as :class:`~.scores.Products` says, hashes as :func:`~.scores.uniform` makes them, or
-    the magnitudes of narrower entries. NaN, whose pattern lies above infinity's, counts as that.
+    Inverses, products and quotients as their classes in :mod:`~.scores` say, hashes as
+    :func:`~.scores.uniform` makes them, or the magnitudes of narrower entries. NaN, whose pattern
+    lies above infinity's, counts as that.
     """
     what, entry_shift, weight_shift, last, infinity, key, position = source
     # Slices, since an index that is a sum could be negative, and then nothing is vectorised.
     entries = entries[start : start + into.size]
-    if what == _MAGNITUDE:
+    if what in (_MAGNITUDE, _INVERSE):
         if entry_shift == 13:
             for index in range(into.size):
                 value = np.float32(_from_float16(entries[index] & last))
@@ -170,12 +185,26 @@ def _score(
             for index in range(into.size):
                 pattern = np.uint32(np.uint32(entries[index] & last) << entry_shift)
                 into[index] = min(pattern, _INFINITY)
+        if what == _INVERSE:
+            for index in range(into.size):
+                pattern = into[index]
+                # As an unsigned number, that before 0 is the largest.
+                is_number = np.uint32(pattern - np.uint32(1)) < np.uint32(_INFINITY - 1)
+                into[index] = np.uint32(_INFINITY - pattern) if is_number else pattern
     elif what == _PRODUCT:
         weights = weights[start : start + into.size]
         for index in range(into.size):
             entry = np.uint32(np.uint32(entries[index]) << entry_shift).view(np.float32)
             weight = np.uint32(np.uint32(weights[index]) << weight_shift).view(np.float32)
             pattern = np.float32(entry * weight).view(np.uint32) & np.uint32(0x7FFFFFFF)
+            into[index] = min(pattern, _INFINITY)
+    elif what == _QUOTIENT:
+        weights = weights[start : start + into.size]
+        for index in range(into.size):
+            entry = np.uint32(np.uint32(entries[index]) << entry_shift).view(np.float32)
+            weight = np.uint32(np.uint32(weights[index]) << weight_shift).view(np.float32)
+            divisor = np.float32(abs(weight) + _EPSILON)
+            pattern = np.float32(entry / divisor).view(np.uint32) & np.uint32(0x7FFFFFFF)
             into[index] = min(pattern, _INFINITY)
     else:
         state = (position + np.uint64(start)) * _FACTOR + key
@@ -394,8 +423,11 @@ def _pieces(batch: Batch) -> Callable[[int, int, int], _Piece]:
         if not makes_scores:
             return _Piece(tensor, row, of_piece, (of_piece,))
         what, weights, key, first = _MAGNITUDE, _NO_WEIGHTS, 0, 0
-        if isinstance(scores, Products):
-            what, weights = _PRODUCT, _patterns(scores.weights)[start:stop]
+        if isinstance(scores, Weighted):
+            what = _PRODUCT if isinstance(scores, Products) else _QUOTIENT
+            weights = _patterns(scores.weights)[start:stop]
+        elif isinstance(scores, Inverses):
+            what = _INVERSE
         elif isinstance(scores, Hashes):
             what, key, first = _HASH, scores.key % 2**64, (scores.first + start) % 2**64
         source = (what, *constants, np.uint64(key), np.uint64(first))

@@ -1,4 +1,4 @@
-"""How the entries of one flat tensor score: the four kinds of scores that the passes can read.
+"""How the entries of one flat tensor score: the kinds of scores that the passes can read.
 
 A score is made where a pass needs it, from what stands in its fields, and is kept nowhere but in
 :class:`Given`. What counts is a score's bit pattern without the sign: an entry that is NaN or
@@ -15,6 +15,11 @@ from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+
+from axolotl_gmt.kernels.dtypes import FORMATS, magnitude_patterns
+
+EPSILON = 1e-8
+"""What :class:`Quotients` add to the magnitude of a weight, as a float32."""
 
 
 class Kind(NamedTuple):
@@ -35,7 +40,7 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of the entries of one flat tensor, float32 but for :class:`Magnitudes`.
+    """Scores of the entries of one flat tensor.
 
     Attributes:
         entries: The gradient's entries, shape ``(entries,)``, which a mask sets to zero.
@@ -45,12 +50,19 @@ class Scores:
 
     def kind(self, compared: torch.dtype) -> Kind:
         """The kind of these scores where they are compared as that dtype."""
-        weights = self.weights.dtype if isinstance(self, Products) else None
+        weights = self.weights.dtype if isinstance(self, Weighted) else None
         return Kind(type(self), self.entries.dtype, weights, compared)
 
     def values(self, start: int, stop: int) -> Tensor:
-        """The scores of the entries from ``start`` to ``stop``, whose signs do not count."""
+        """The scores of the entries from ``start`` to ``stop``, whose signs do not count.
+
+        Float32, but for :class:`Magnitudes`; none for :class:`Inverses`, which are patterns.
+        """
         raise NotImplementedError
+
+    def patterns(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """What a pass compares: the scores as bit patterns of ``dtype``, without signs."""
+        return magnitude_patterns(self.values(start, stop), dtype)
 
     def sample(self, run: int, stride: int) -> Self:
         """Scores like these of ``run`` neighbours in every ``stride`` entries, for an estimate."""
@@ -79,8 +91,27 @@ class Magnitudes(Scores):
 
 
 @dataclass(frozen=True)
-class Products(Scores):
-    """``|entry * weight|`` in float32; infinite where that is NaN, as infinity times 0 is.
+class Inverses(Scores):
+    """The reversed order of the magnitudes: the smaller an entry, the larger its score.
+
+    Compared is, in the patterns of the dtype that all scores have in common, that of infinity minus
+    that of the magnitude. So the order is exact for every dtype, down to the denormals, and entries
+    tie just where their magnitudes are equal. The pattern of an entry that is 0 is 0, below all
+    others; that of one that is NaN or infinite is infinity's, above all others.
+    """
+
+    def patterns(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """See :meth:`Scores.patterns`; ``dtype`` is float32 or float64."""
+        infinity = FORMATS[dtype].infinity
+        patterns = magnitude_patterns(self.entries[start:stop], dtype).clamp_(max=infinity)
+        return torch.where(patterns > 0, infinity - patterns, 0).masked_fill_(
+            patterns == infinity, infinity
+        )
+
+
+@dataclass(frozen=True)
+class Weighted(Scores):
+    """Scores that are made of an entry and its weight.
 
     Attributes:
         weights: Shape ``(entries,)``, any floating dtype, on the device of the entries.
@@ -88,10 +119,30 @@ class Products(Scores):
 
     weights: Tensor
 
+
+@dataclass(frozen=True)
+class Products(Weighted):
+    """``|entry * weight|`` in float32; infinite where that is NaN, as infinity times 0 is."""
+
     def values(self, start: int, stop: int) -> Tensor:
         """See :meth:`Scores.values`."""
         products = self.entries[start:stop].float() * self.weights[start:stop].float()
         return products.abs_().nan_to_num_(nan=math.inf, posinf=math.inf)
+
+
+@dataclass(frozen=True)
+class Quotients(Weighted):
+    """``|entry| / (|weight| + EPSILON)`` in float32; infinite where that is NaN.
+
+    Both operations are rounded as IEEE 754 says. A quotient is NaN where the entry or the weight
+    is, or where both are infinite, so an entry that is not finite has an infinite score.
+    """
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """See :meth:`Scores.values`."""
+        quotients = self.entries[start:stop].float().abs()
+        quotients /= self.weights[start:stop].float().abs() + EPSILON
+        return quotients.nan_to_num_(nan=math.inf, posinf=math.inf)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from axolotl_gmt.kernels import eager
 from axolotl_gmt.kernels.contract import Backend, Batch, CPUBackend
 from axolotl_gmt.kernels.dtypes import FORMATS, Digit, digits
-from axolotl_gmt.kernels.scores import Hashes, Kind, Magnitudes, Products, Scores
+from axolotl_gmt.kernels.scores import Hashes, Inverses, Kind, Magnitudes, Scores, Weighted
 
 LOG = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ def compare(backend: Backend, device: torch.device, kind: Kind) -> None:
     name = f"{kind.scores.__name__} of {kind.entries} as {kind.compared}"
     for scores in _examples(backend, kind, device):
         batch = Batch(scores, [index % 2 for index in range(len(scores))], kind.compared)
-        some = eager.magnitude_patterns(scores[0].values(100, 102), kind.compared).long()
+        some = scores[0].patterns(100, 102, kind.compared).long()
         _compare_counts(backend, batch, some, name)
         if hasattr(backend, "copy_between"):
             _compare_copies(cast(CPUBackend, backend), batch, some, name)
@@ -80,12 +80,14 @@ def _examples(backend: Backend, kind: Kind, device: torch.device) -> Iterator[li
             broken = torch.tensor([float("nan"), float("inf"), -float("inf")], device="cpu")
             values[offset : offset + 3] = broken[:size]
             entries = values.to(kind.entries).to(device)[offset:]
-            if kind.weights:
-                scores.append(Products(entries, weights.to(kind.weights).to(device)[offset:]))
+            if kind.weights and issubclass(kind.scores, Weighted):
+                weights[offset::11] = 0
+                scores.append(kind.scores(entries, weights.to(kind.weights).to(device)[offset:]))
             elif kind.scores is Hashes:
                 scores.append(Hashes(entries, -0x123456789ABCDEF * (1 + offset), offset * size))
             else:
-                scores.append(Magnitudes(entries))
+                of_entries = Inverses if kind.scores is Inverses else Magnitudes
+                scores.append(of_entries(entries))
         yield scores
 
 

@@ -7,7 +7,8 @@ all tensors of a call: a table of addresses, copied from pinned memory without w
 program which entries are its own. No value comes back to the host. Positions have 64 bits.
 
 Scores are made where they are needed, while counting and again while masking, and never stored:
-magnitudes are the entries' own patterns, products read the weights too, hashes are arithmetic.
+magnitudes are the entries' own patterns and inverses the difference from infinity's, products and
+quotients read the weights too, hashes are arithmetic.
 
 What bounds the kernels, for n entries of b bytes (``python -m benchmarks.kernel_budget`` reads the
 instructions from the machine code):
@@ -28,7 +29,8 @@ instructions from the machine code):
 - A lower digit costs one more read. About one entry in 300 matches the upper digit. Values of 0
   are summed in registers there: exact zeros, and all entries of a gradient that once was bf16,
   would otherwise meet in one bin.
-- A hash takes more instructions than a 16-bit entry takes time to arrive.
+- A hash takes more instructions than a 16-bit entry takes time to arrive, and so does a quotient
+  that is rounded as IEEE 754 says.
 
 Older versions of Triton, and all for AMD, make ``tl.histogram`` of votes, at a cost that grows with
 the bins; there every entry is added to global memory. That bounds counting, not the bandwidth.
@@ -49,10 +51,20 @@ from torch import Tensor
 
 from axolotl_gmt.kernels.contract import Batch
 from axolotl_gmt.kernels.dtypes import COMPILED, FORMATS, Digit
-from axolotl_gmt.kernels.scores import Given, Hashes, Magnitudes, Products
+from axolotl_gmt.kernels.scores import (
+    EPSILON,
+    Given,
+    Hashes,
+    Inverses,
+    Magnitudes,
+    Products,
+    Weighted,
+)
 from axolotl_gmt.kernels.scores import Kind as KindOfScores
 
 _VALUE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+_EPSILON = tl.constexpr(EPSILON)
 
 _ALIGNMENT = 16  # bytes: the table counts a tensor's programs, and kernels find them, by it alone
 
@@ -125,7 +137,7 @@ def _place(
     end = tl.minimum(tl.load(table + _ENTRIES * tensors) - start, span).to(tl.int32)
     pointer = (address + start * itemsize).to(tl.pointer_type(pattern))
     pointer = tl.multiple_of(pointer, alignment if wide else itemsize)
-    if score == "product":
+    if score == "product" or score == "quotient":
         bytes_a_weight: tl.constexpr = weight.primitive_bitwidth // 8
         weights = tl.load(table + _WEIGHTS * tensors) + start * bytes_a_weight
         source = weights.to(tl.pointer_type(weight))
@@ -171,6 +183,14 @@ def _score(
         patterns = magnitudes
     elif score == "widened":
         patterns = tl.minimum(_value(magnitudes, entry).to(tl.int32, bitcast=True), 0x7F800000)
+    elif score == "inverse":
+        patterns = tl.minimum(_value(magnitudes, entry).to(tl.int32, bitcast=True), 0x7F800000)
+        is_number = (patterns > 0) & (patterns < 0x7F800000)
+        patterns = tl.where(is_number, 0x7F800000 - patterns, patterns)
+    elif score == "quotient":
+        divisors = tl.abs(_load(source, lanes, there).to(tl.float32)) + _EPSILON
+        quotients = tl.div_rn(_value(magnitudes, entry), divisors)  # "/" would be an approximation.
+        patterns = tl.minimum(quotients.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800000)
     elif score == "product":
         products = _value(magnitudes, entry) * _load(source, lanes, there).to(tl.float32)
         # The pattern of NaN is above that of infinity, which it counts as.
@@ -393,9 +413,10 @@ class Kind(NamedTuple):
     """What the tensors of a launch have in common, for which its kernel is specialised.
 
     Attributes:
-        score: Where scores come from: "magnitude", "widened" (as float32), "product" or "hash".
+        score: Where scores come from: "magnitude", "widened" (as float32), "inverse", "product",
+            "quotient" or "hash".
         entry: The entries' dtype.
-        weight: The weights' dtype for products, else that of the entries.
+        weight: The weights' dtype for products and quotients, else that of the entries.
         aligned: Whether weights can be read as the entries are, 16 bytes at a time.
     """
 
@@ -511,12 +532,15 @@ def _kind(batch: Batch) -> Kind:
     """What the scores of ``batch``, of one class and of the same dtypes, have in common."""
     scores = batch.scores[0]
     entry = scores.entries.dtype
-    if isinstance(scores, Products):
+    if isinstance(scores, Weighted):
         aligned = all(
-            isinstance(score, Products) and _is_aligned(score.entries, score.weights)
+            isinstance(score, Weighted) and _is_aligned(score.entries, score.weights)
             for score in batch.scores
         )
-        return Kind("product", entry, scores.weights.dtype, aligned)
+        name = "product" if isinstance(scores, Products) else "quotient"
+        return Kind(name, entry, scores.weights.dtype, aligned)
+    if isinstance(scores, Inverses):
+        return Kind("inverse", entry, entry, True)
     if isinstance(scores, Hashes):
         return Kind("hash", entry, entry, True)
     return Kind("magnitude" if entry == batch.dtype else "widened", entry, entry, True)
@@ -539,7 +563,7 @@ def _table(batch: Batch, span: int, device: torch.device) -> tuple[Tensor, int]:
     programs = 0
     for score, row in batch.pairs():
         address, entries = score.entries.data_ptr(), score.entries.numel()
-        weights = score.weights.data_ptr() if isinstance(score, Products) else 0
+        weights = score.weights.data_ptr() if isinstance(score, Weighted) else 0
         key, position = (score.key, score.first) if isinstance(score, Hashes) else (0, 0)
         table.append((address, entries, row, programs, weights, key, position))
         unaligned = address % _ALIGNMENT // score.entries.element_size()

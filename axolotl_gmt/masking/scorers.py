@@ -10,9 +10,9 @@ from torch import Tensor
 
 from axolotl_gmt import criteria
 from axolotl_gmt.config import GMTConfig
-from axolotl_gmt.criteria import DROP, KEEP, MAGNITUDE, Entries, Scorer, Verdict
+from axolotl_gmt.criteria import DROP, KEEP, MAGNITUDE, SMALLEST, Entries, Scorer, Verdict
 from axolotl_gmt.gradients.shard import Shard, StepGradients, shape
-from axolotl_gmt.kernels.scores import Magnitudes, Scores
+from axolotl_gmt.kernels.scores import Inverses, Magnitudes, Scores
 
 
 class Scorers:
@@ -47,7 +47,7 @@ class Scorers:
                 raise ValueError(
                     f"criterion (gmt_criterion in YAML): {name!r} does not say how {parameter} is "
                     f"scored, but {scorer!r}. It must return, for every name that it is given, "
-                    "MAGNITUDE, KEEP, DROP or a function."
+                    "MAGNITUDE, SMALLEST, KEEP, DROP or a function."
                 )
         # What is known stays: a parameter that joins later must not change what is frozen.
         self._by_name = {**scorers, **self._by_name}
@@ -58,12 +58,18 @@ class Scorers:
         return scorer is KEEP if scorer in (KEEP, DROP) else None
 
     def by_magnitude(self, shard: Shard) -> bool:
-        """Whether the magnitudes of the entries are their scores."""
-        return self._by_name[shard.name] is MAGNITUDE
+        """Whether the scores are made of the magnitudes of the entries alone."""
+        return self._by_name[shard.name] in (MAGNITUDE, SMALLEST)
 
     def dtype(self, shard: Shard) -> torch.dtype:
-        """The dtype of :meth:`scores`."""
-        return shard.entries.dtype if self.by_magnitude(shard) else torch.float32
+        """The narrowest dtype in which :meth:`scores` can be compared."""
+        match self._by_name[shard.name]:
+            case Verdict.MAGNITUDE:
+                return shard.entries.dtype
+            case Verdict.SMALLEST:  # No fewer bits than those that compiled passes make.
+                return torch.promote_types(shard.entries.dtype, torch.float32)
+            case _:
+                return torch.float32
 
     def scores(self, shard: Shard, gradients: StepGradients, step: int) -> Scores:
         """The scores of the entries of ``shard`` at a step.
@@ -74,6 +80,8 @@ class Scorers:
         scorer = self._by_name[shard.name]
         if scorer is MAGNITUDE:
             return Magnitudes(shard.entries)
+        if scorer is SMALLEST:
+            return Inverses(shard.entries)
         assert callable(scorer)
         entries = Entries(
             name=shard.name,

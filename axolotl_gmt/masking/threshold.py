@@ -25,8 +25,7 @@ from torch import Tensor
 from axolotl_gmt.gradients.shard import Ranks, Shard, sum_over_ranks
 from axolotl_gmt.kernels.contract import Batch
 from axolotl_gmt.kernels.dispatch import copy_between, count_digits
-from axolotl_gmt.kernels.dtypes import FORMATS, Digit, digits
-from axolotl_gmt.kernels.eager import magnitude_patterns
+from axolotl_gmt.kernels.dtypes import FORMATS, Digit, digits, magnitude_patterns
 from axolotl_gmt.kernels.scores import Hashes, Scores
 
 # A row is sampled in so many runs of so many entries. Longer runs say less of the whole: the

@@ -26,7 +26,7 @@ from axolotl_gmt import GMTConfig, GradientMasker, criteria
 from axolotl_gmt.criteria import DROP, KEEP
 from axolotl_gmt.gradients.shard import plain_name
 from axolotl_gmt.masking.masker import group_name
-from tests.reference.gmt_reference import masked, masked_by_scores, random_scores
+from tests.reference.gmt_reference import masked_by
 
 GRANULARITIES: tuple[Any, ...] = ("tensor", "layer", "global")
 STEPS = 3
@@ -57,16 +57,8 @@ def expected_step(
     for name in gradients:
         groups.setdefault(group_name(name, granularity), []).append(name)
     for names in groups.values():
-        compete = [gradients[name] for name in names]
-        if criterion == "gradient":
-            survivors = masked(compete, mask_ratio)
-        elif criterion == "random":
-            scores = [random_scores(name, gradients[name].shape, 0, step) for name in names]
-            survivors = masked_by_scores(compete, scores, mask_ratio)
-        else:
-            scores = [(gradients[name].float() * weights[name].float()).abs() for name in names]
-            survivors = masked_by_scores(compete, scores, mask_ratio)
-        result.update(zip(names, survivors, strict=True))
+        compete = {name: gradients[name] for name in names}
+        result |= masked_by(criterion, compete, weights, mask_ratio, seed=0, step=step)
     return result
 
 

@@ -22,7 +22,7 @@ from axolotl_gmt.kernels import dispatch, self_check
 from axolotl_gmt.masking import threshold
 from axolotl_gmt.masking.masker import group_name
 from tests.kernels.kernel_checks import BITS, CONTENTS, DTYPES
-from tests.reference.gmt_reference import masked, masked_by_scores, random_scores
+from tests.reference.gmt_reference import masked_by
 
 SPAN = 1 << 7
 # Around the end of a program's span, at every offset of 16-bit entries within 16 bytes.
@@ -96,19 +96,8 @@ def _expected(
         groups.setdefault(group_name(name, granularity), []).append(name)
     expected: dict[str, Tensor] = {}
     for names in groups.values():
-        compete = [gradients[name] for name in names]
-        if criterion == "gradient":
-            survivors = masked(compete, mask_ratio)
-        else:
-            scores = [
-                random_scores(name, gradients[name].shape, 3, 0)
-                if criterion == "random"
-                else (gradients[name].float() * weights[name].float()).abs()
-                for name in names
-            ]
-            scores = [score.masked_fill(score.isnan(), torch.inf) for score in scores]
-            survivors = masked_by_scores(compete, scores, mask_ratio)
-        expected |= dict(zip(names, survivors, strict=True))
+        compete = {name: gradients[name] for name in names}
+        expected |= masked_by(criterion, compete, weights, mask_ratio, seed=3, step=0)
     return expected
 
 

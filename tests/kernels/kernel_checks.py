@@ -18,8 +18,17 @@ from torch import Tensor
 
 from axolotl_gmt.kernels import eager
 from axolotl_gmt.kernels.contract import Batch
-from axolotl_gmt.kernels.dtypes import FORMATS, Digit
-from axolotl_gmt.kernels.scores import Hashes, Magnitudes, Products, Scores, uniform
+from axolotl_gmt.kernels.dtypes import FORMATS, Digit, magnitude_patterns
+from axolotl_gmt.kernels.scores import (
+    Hashes,
+    Inverses,
+    Magnitudes,
+    Products,
+    Quotients,
+    Scores,
+    uniform,
+)
+from tests.reference.gmt_reference import relative_scores
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BITS = {2: torch.int16, 4: torch.int32}
@@ -105,7 +114,7 @@ def check_counts(module: Any, device: str, name: str, layout: str, content: str)
     upper = Digit(FORMATS[dtype].upper, 15)
     passed: list[tuple[Digit, Tensor | None]] = [(upper, None)]
     if dtype == torch.float32:
-        values = eager.magnitude_patterns(memory, dtype) >> 16
+        values = magnitude_patterns(memory, dtype) >> 16
         some = torch.stack([values.mode().values, values[1], values.max()]).long()
         passed.append((Digit(0, 16), some))
     width = [torch.int32, torch.int64][list(CONTENTS).index(content) % 2]
@@ -122,7 +131,7 @@ def check_masks(module: Any, device: str, name: str, layout: str, content: str) 
     """Masked entries are those of the torch version, bit for bit, and nothing else changes."""
     dtype = DTYPES[name]
     memory, cut = _laid_out(layout, content, dtype, device)
-    magnitudes = eager.magnitude_patterns(memory, dtype).long()
+    magnitudes = magnitude_patterns(memory, dtype).long()
     infinity = FORMATS[dtype].infinity
     median = magnitudes.median().clamp(max=infinity)
     thresholds = torch.stack([median, torch.zeros_like(median), magnitudes[1].clamp(max=infinity)])
@@ -166,9 +175,15 @@ def _score_by_torch(score: Scores) -> Tensor:
     match score:
         case Magnitudes(entries):
             return entries
+        case Inverses(entries):
+            values = entries.float().abs()
+            bits = (0x7F800000 - values.view(torch.int32)).view(torch.float32)
+            return torch.where(values == 0, 0, bits).masked_fill(~values.isfinite(), torch.inf)
         case Products(entries, weights):
             products = entries.float() * weights.float()
             return products.masked_fill(products.isnan(), torch.inf)
+        case Quotients(entries, weights):
+            return relative_scores(entries.cpu(), weights.cpu()).to(entries.device)
         case Hashes(entries, key, first):
             positions = first + torch.arange(len(entries), device=entries.device)
             return uniform(positions, key).masked_fill(~entries.isfinite(), torch.inf)
@@ -185,14 +200,17 @@ def _scored(
     for index, tensor in enumerate(entries):
         if name == "magnitude":
             scores.append(Magnitudes(tensor))
-        elif name == "product":
+        elif name == "inverse":
+            scores.append(Inverses(tensor))
+        elif name in ("product", "quotient"):
             offset = tensor.data_ptr() % 16 // tensor.element_size() + weights_lie_apart
             size = offset + len(tensor)
             memory = (
                 _normal(size, weight, generator) if index % 2 else _ties(size, weight, generator)
             )
             memory[offset::11] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])[index % 4]
-            scores.append(Products(tensor, memory.to(tensor.device)[offset:]))
+            of_weights = Products if name == "product" else Quotients
+            scores.append(of_weights(tensor, memory.to(tensor.device)[offset:]))
         else:
             key = int(torch.randint(-(2**63), 2**63 - 1, (), generator=generator))
             scores.append(Hashes(tensor, key, (1 << 40) * (index % 3) + 7 * index))
@@ -212,7 +230,7 @@ def check_scores(
     """
     by_torch = [_score_by_torch(score) for score in scores]
     dtype, device = by_torch[0].dtype, by_torch[0].device
-    patterns = [eager.magnitude_patterns(score, dtype).long() for score in by_torch]
+    patterns = [magnitude_patterns(score, dtype).long() for score in by_torch]
     infinity = FORMATS[dtype].infinity
     of_rows = [
         torch.cat([pattern for pattern, other in zip(patterns, rows, strict=True) if other == row])
@@ -364,12 +382,13 @@ def check_all(device: str, name: str) -> None:
     for layout in LAYOUTS:
         check_triton(device, name, layout)
     check_window(device, name)
-    for score in ("magnitude", "hash"):
+    for score in ("magnitude", "inverse", "hash"):
         check_boundaries(device, score, name)
-    check_made_scores(device, "hash", name, name, 0)
-    for weight, apart in itertools.product(DTYPES, (0, 1)):
-        check_boundaries(device, "product", name, weight, apart)
-        check_made_scores(device, "product", name, weight, apart)
+    for score in ("inverse", "hash"):
+        check_made_scores(device, score, name, name, 0)
+    for score, weight, apart in itertools.product(("product", "quotient"), DTYPES, (0, 1)):
+        check_boundaries(device, score, name, weight, apart)
+        check_made_scores(device, score, name, weight, apart)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,15 @@ from axolotl_gmt import GMTConfig, GradientMasker
 from axolotl_gmt.kernels import dispatch
 from axolotl_gmt.kernels.contract import Backend, Batch, most_copies
 from axolotl_gmt.kernels.dtypes import Digit
-from axolotl_gmt.kernels.scores import Hashes, Kind, Magnitudes, Products, Scores
+from axolotl_gmt.kernels.scores import (
+    Hashes,
+    Inverses,
+    Kind,
+    Magnitudes,
+    Products,
+    Quotients,
+    Scores,
+)
 from axolotl_gmt.kernels.self_check import compare
 from tests.reference.gmt_reference import masked, masked_by_scores
 
@@ -368,7 +376,11 @@ def scores_of_every_kind() -> dict[str, Scores]:
         "magnitudes": Magnitudes(first),
         "magnitudes of bf16": Magnitudes(first.bfloat16()),
         "magnitudes of fp16": Magnitudes(first.half()),
+        "inverses": Inverses(first),
+        "inverses of bf16": Inverses(first.bfloat16()),
+        "inverses of fp16": Inverses(first.half()),
         "products": Products(first.bfloat16(), second),
+        "quotients": Quotients(first.bfloat16(), second),
         "hashes": Hashes(first, 5, 7),
     }
 
@@ -381,21 +393,20 @@ def test_what_lies_between_two_patterns_is_copied_if_it_is_little(
     if not compiled:
         monkeypatch.setattr(dispatch, "_COMPILED", {})
     scores = scores_of_every_kind()[kind]
-    values = scores.values(0, len(scores.entries)).float().abs()
-    ordered = values.sort().values
+    patterns = scores.patterns(0, len(scores.entries), torch.float32)
+    ordered = patterns.sort().values.long()
     batch = Batch(
         [scores, scores.sample(1, 1), scores.sample(1, 300_000)], [0, 1, 0], torch.float32
     )
     limits = torch.stack([ordered[[150_000, 160_000]], ordered[[50_000, 160_000]]]).T
-    low, high = limits.contiguous().view(torch.int32).long()
+    low, high = limits.contiguous()
     above = torch.zeros(2, dtype=torch.int64)
     few, many, one = dispatch.copy_between(batch, low, high, above)
-    patterns = values.view(torch.int32)
     assert few is not None
     assert torch.equal(few, patterns[(patterns >= low[0]) & (patterns < high[0])])
     assert many is None
     assert 0 < len(few) <= most_copies(300_000)
-    is_one_above = int(values[0].view(torch.int32) >= high[0])
+    is_one_above = int(patterns[0] >= high[0])
     assert one is not None
     assert above.tolist() == [int((patterns >= high[0]).sum()) + is_one_above, 0]
 

@@ -35,6 +35,7 @@ MOST_OF_THE_ISSUE_RATE = {
     "mask, magnitude fp32": 60,
     "count upper, product bf16 x bf16": 60,
     "mask, product bf16 x bf16": 60,
+    "mask, inverse bf16": 60,
 }
 
 
@@ -75,7 +76,7 @@ def test_a_triton_kernel_keeps_to_its_budget(
     case = CASES[name]
     found = compiler.submit(_budget, name, architecture).result()
     assert found.shared <= SHARED[architecture]
-    assert found.divisions == 0
+    assert (found.reciprocals > 0) == (case.kind.score == "quotient")  # Integers are not divided.
     assert ".ftz" not in found.ptx  # Scores below the smallest normal number keep their order.
     if architecture == 90:
         assert found.stack == found.spills == 0

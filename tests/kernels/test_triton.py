@@ -42,7 +42,12 @@ def test_triton_kernels_agree_with_torch(interpreter: Executor, dtype: str, layo
 
 
 @pytest.mark.parametrize(
-    ("score", "dtype"), [*(("magnitude", dtype) for dtype in DTYPES), ("hash", "bf16")]
+    ("score", "dtype"),
+    [
+        *(("magnitude", dtype) for dtype in DTYPES),
+        *(("inverse", dtype) for dtype in DTYPES),
+        ("hash", "bf16"),
+    ],
 )
 def test_triton_kernels_take_every_entry_once_wherever_a_tensor_lies_and_ends(
     interpreter: Executor, dtype: str, score: str
@@ -59,42 +64,49 @@ def test_triton_kernels_count_what_lies_at_the_ends_of_a_window(
 
 @pytest.mark.parametrize("apart", [0, 1])
 @pytest.mark.parametrize(
-    ("entry", "weight"), [("bf16", "bf16"), ("fp16", "fp32"), ("fp32", "bf16")]
+    ("score", "entry", "weight"),
+    [
+        ("product", "bf16", "bf16"),
+        ("product", "fp16", "fp32"),
+        ("product", "fp32", "bf16"),
+        ("quotient", "bf16", "fp32"),
+    ],
 )
 def test_triton_kernels_find_the_weight_of_every_entry_wherever_both_lie(
-    interpreter: Executor, entry: str, weight: str, apart: int
+    interpreter: Executor, score: str, entry: str, weight: str, apart: int
 ) -> None:
-    interpreter.submit(
-        kernel_checks.check_boundaries, "cpu", "product", entry, weight, apart
-    ).result()
+    interpreter.submit(kernel_checks.check_boundaries, "cpu", score, entry, weight, apart).result()
 
 
+@pytest.mark.parametrize("score", ["product", "quotient"])
 @pytest.mark.parametrize("weight", DTYPES)
 @pytest.mark.parametrize("entry", DTYPES)
-def test_products_that_triton_kernels_make_are_those_of_torch(
-    interpreter: Executor, entry: str, weight: str
+def test_products_and_quotients_that_triton_kernels_make_are_those_of_torch(
+    interpreter: Executor, entry: str, weight: str, score: str
 ) -> None:
     apart = (list(DTYPES).index(entry) + list(DTYPES).index(weight)) % 2
-    interpreter.submit(
-        kernel_checks.check_made_scores, "cpu", "product", entry, weight, apart
-    ).result()
+    interpreter.submit(kernel_checks.check_made_scores, "cpu", score, entry, weight, apart).result()
 
 
+@pytest.mark.parametrize("score", ["inverse", "hash"])
 @pytest.mark.parametrize("entry", DTYPES)
-def test_hashes_that_triton_kernels_make_are_those_of_torch(
-    interpreter: Executor, entry: str
+def test_inverses_and_hashes_that_triton_kernels_make_are_those_of_torch(
+    interpreter: Executor, entry: str, score: str
 ) -> None:
-    interpreter.submit(kernel_checks.check_made_scores, "cpu", "hash", entry, entry, 0).result()
+    interpreter.submit(kernel_checks.check_made_scores, "cpu", score, entry, entry, 0).result()
 
 
 @pytest.mark.parametrize(
     ("criterion", "dtype"),
     [
         *(("gradient", dtype) for dtype in (*DTYPES, "mixed")),
-        ("random", "bf16"),
-        ("random", "mixed"),
-        ("gradient_weight", "bf16"),
-        ("gradient_weight", "mixed"),
+        *(("smallest", dtype) for dtype in (*DTYPES, "mixed")),
+        *(
+            (criterion, dtype)
+            for criterion in ("random", "gradient_weight", "relative")
+            for dtype in ("bf16", "mixed")
+        ),
+        ("fixed_random", "mixed"),
     ],
 )
 def test_the_whole_triton_path_gives_the_mask_of_the_reference(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,13 +19,18 @@ def keep_masks(gradients: list[Tensor], mask_ratio: float) -> list[Tensor]:
     magnitudes = [
         magnitude.masked_fill(magnitude.isnan(), float("inf")) for magnitude in magnitudes
     ]
-    ordered = torch.cat([m.flatten() for m in magnitudes]).sort(descending=True).values
+    return _keep_largest(magnitudes, mask_ratio)
+
+
+def _keep_largest(scores: list[Tensor], mask_ratio: float) -> list[Tensor]:
+    """Where the scores, which are not NaN, are at least the k-th largest of all of them."""
+    ordered = torch.cat([score.flatten() for score in scores]).sort(descending=True).values
     n = len(ordered)
     k = max(1, n - round(mask_ratio * n))
     if n == 0:
-        return [magnitude.bool() for magnitude in magnitudes]
+        return [score.bool() for score in scores]
     threshold = ordered[k - 1]
-    return [magnitude >= threshold for magnitude in magnitudes]
+    return [score >= threshold for score in scores]
 
 
 def masked(gradients: list[Tensor], mask_ratio: float) -> list[Tensor]:
@@ -54,9 +60,77 @@ def masked_by_scores(
     ]
 
 
+def masked_but_smallest(gradients: list[Tensor], mask_ratio: float) -> list[Tensor]:
+    """``gradients`` with all set to zero but the k smallest magnitudes, and what ties with these.
+
+    An entry that is 0 is the last to stay, one that is not finite the first.
+    """
+    scores = []
+    for gradient in gradients:
+        score = -gradient.abs().double()
+        score = score.masked_fill(gradient == 0, -float("inf"))
+        scores.append(score.masked_fill(~gradient.isfinite(), float("inf")))
+    return [
+        torch.where(keep, gradient, torch.zeros_like(gradient))
+        for keep, gradient in zip(_keep_largest(scores, mask_ratio), gradients, strict=True)
+    ]
+
+
+def product_scores(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The scores of the criterion ``gradient_weight``; infinite where they would be NaN."""
+    product = (gradient.float() * weight.float()).abs()
+    return product.masked_fill(product.isnan(), float("inf"))
+
+
+def relative_scores(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The scores of the criterion ``relative``, by NumPy; infinite where they would be NaN."""
+    with np.errstate(all="ignore"):
+        divisor = np.abs(weight.float().numpy()) + np.float32(1e-8)
+        quotient = torch.from_numpy(np.abs(gradient.float().numpy()) / divisor)
+    assert quotient.dtype == torch.float32
+    return quotient.masked_fill(quotient.isnan(), float("inf"))
+
+
+def masked_by(
+    criterion: str,
+    gradients: dict[str, Tensor],
+    weights: dict[str, Tensor],
+    mask_ratio: float,
+    seed: int,
+    step: int,
+) -> dict[str, Tensor]:
+    """The gradients of one group, by name, as a built-in criterion other than ``half`` masks them.
+
+    ``weights`` are those of the same names, where the criterion reads them.
+    """
+    compete = list(gradients.values())
+    if criterion == "gradient":
+        survivors = masked(compete, mask_ratio)
+    elif criterion == "smallest":
+        survivors = masked_but_smallest(compete, mask_ratio)
+    else:
+        of_name = {
+            "random": lambda name: random_scores(name, gradients[name].shape, seed, step),
+            "fixed_random": lambda name: fixed_random_scores(name, gradients[name].shape, seed),
+            "gradient_weight": lambda name: product_scores(gradients[name], weights[name]),
+            "relative": lambda name: relative_scores(gradients[name], weights[name]),
+        }[criterion]
+        survivors = masked_by_scores(compete, [of_name(name) for name in gradients], mask_ratio)
+    return dict(zip(gradients, survivors, strict=True))
+
+
 def random_scores(name: str, shape: torch.Size, seed: int, step: int) -> Tensor:
     """The scores of the criterion ``random``, one Python integer after the other."""
-    digest = hashlib.blake2b(repr((seed, step, name)).encode(), digest_size=8).digest()
+    return _hashes(repr((seed, step, name)), shape)
+
+
+def fixed_random_scores(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """The scores of the criterion ``fixed_random``."""
+    return _hashes(repr((seed, name)), shape)
+
+
+def _hashes(drawn_by: str, shape: torch.Size) -> Tensor:
+    digest = hashlib.blake2b(drawn_by.encode(), digest_size=8).digest()
     key = int.from_bytes(digest)
     scores = []
     for position in range(shape.numel()):

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import Distribution, EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from axolotl_gmt import GMTCallback, GMTConfig, GradientMasker, criteria
 from axolotl_gmt.criteria import DROP, KEEP, MAGNITUDE, Entries
 from axolotl_gmt.kernels.scores import Hashes
-from tests.reference.gmt_reference import masked, masked_by_scores, random_scores
+from axolotl_gmt.masking.masker import group_name
+from tests.reference.gmt_reference import (
+    masked,
+    masked_but_smallest,
+    masked_by,
+    masked_by_scores,
+)
 
+SCORED = ["random", "fixed_random", "smallest", "gradient_weight", "relative"]
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 SHAPES = {"layers.0.w": torch.Size((13, 9)), "layers.1.w": torch.Size((30,))}
 
 
@@ -55,29 +69,109 @@ def step(named: Mapping[str, nn.Parameter], **settings: Any) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("granularity", ["tensor", "global"])
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.4, 0.9])
-@pytest.mark.parametrize("criterion", ["random", "gradient_weight"])
+@pytest.mark.parametrize("criterion", SCORED)
 def test_scored_masks_are_those_of_the_reference(
     dtype: torch.dtype, granularity: str, mask_ratio: float, criterion: str
 ) -> None:
-    named = parameters(dtype)
-    gradients = [gradient(parameter) for parameter in named.values()]
-    if criterion == "random":
-        scores = [random_scores(name, shape, 5, 0) for name, shape in SHAPES.items()]
+    assert_like_reference(
+        parameters(dtype), criterion=criterion, mask_ratio=mask_ratio, granularity=granularity
+    )
+
+
+def assert_like_reference(
+    named: Mapping[str, nn.Parameter], criterion: str, mask_ratio: float, granularity: str
+) -> None:
+    gradients = {name: gradient(parameter) for name, parameter in named.items()}
+    weights = {name: parameter.detach().clone() for name, parameter in named.items()}
+    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, g in gradients.items():
+        groups[group_name(name, granularity)][name] = g  # type: ignore[arg-type]
+    expected: dict[str, Tensor] = {}
+    if mask_ratio == 0:
+        expected = gradients
     else:
-        scores = [
-            (g.float() * p.detach().float()).abs()
-            for g, p in zip(gradients, named.values(), strict=True)
-        ]
-    if granularity == "global":
-        expected = masked_by_scores(gradients, scores, mask_ratio)
-    else:
-        expected = [
-            masked_by_scores([g], [score], mask_ratio)[0]
-            for g, score in zip(gradients, scores, strict=True)
-        ]
+        for group in groups.values():
+            expected |= masked_by(criterion, group, weights, mask_ratio, seed=5, step=0)
     left = step(named, criterion=criterion, mask_ratio=mask_ratio, granularity=granularity, seed=5)
-    for found, wanted in zip(left, expected, strict=True):
-        assert torch.equal(found, wanted)
+    for name, found in zip(named, left, strict=True):
+        bits = BITS[found.itemsize]
+        assert torch.equal(found.view(bits), expected[name].view(bits)), name
+
+
+@st.composite
+def any_patterns(draw: st.DrawFn, size: int, dtype: torch.dtype) -> Tensor:
+    """Any bit patterns, with more than their share of what is special: shape ``(size,)``."""
+    bits = BITS[dtype.itemsize]
+    info = torch.finfo(dtype)
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    drawn = torch.randint(
+        torch.iinfo(bits).min, torch.iinfo(bits).max, (size,), generator=generator, dtype=bits
+    ).view(dtype)
+    smallest = info.smallest_normal * info.eps
+    special = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, info.max, 1.0, -1.0]
+    special += [smallest, -smallest, 3 * smallest, info.smallest_normal]
+    chosen = torch.tensor(special, dtype=torch.float64).to(dtype)
+    chosen = chosen[torch.randint(len(special), (size,), generator=generator)]
+    is_special = torch.rand(size, generator=generator) < draw(st.sampled_from([0.0, 0.3, 0.9]))
+    return torch.where(is_special, chosen, drawn)
+
+
+@given(
+    tensors=st.lists(
+        st.integers(0, 60).flatmap(
+            lambda size: st.tuples(
+                *(st.sampled_from(DTYPES).flatmap(partial(any_patterns, size)) for _ in range(2))
+            )
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    criterion=st.sampled_from(SCORED),
+    granularity=st.sampled_from(["tensor", "layer", "global"]),
+    mask_ratio=st.floats(0.01, 0.99),
+)
+@settings(max_examples=300, deadline=None)
+def test_masks_of_any_bit_patterns_are_those_of_the_reference(
+    tensors: list[tuple[Tensor, Tensor]], criterion: str, granularity: str, mask_ratio: float
+) -> None:
+    named = {}
+    for index, (weight, of_weight) in enumerate(tensors):
+        named[f"layers.{index % 2}.{index}.weight"] = parameter = nn.Parameter(weight)
+        parameter.grad = of_weight.to(weight.dtype)
+    assert_like_reference(named, criterion, mask_ratio, granularity)
+
+
+@pytest.mark.parametrize("criterion", SCORED)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_masks_of_large_tensors_are_those_of_the_reference(
+    dtype: torch.dtype, criterion: str
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight = nn.Parameter(torch.randn(90_001, generator=generator).to(dtype))
+    weight.grad = torch.randn(90_001, generator=generator).mul_(1e-3).to(dtype)
+    weight.grad[::10] = 0
+    assert_like_reference({"w": weight}, criterion, 0.7, "tensor")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_smallest_keeps_what_gradient_would_mask_and_spends_nothing_on_zeros(
+    dtype: torch.dtype,
+) -> None:
+    weight = nn.Parameter(torch.zeros(8, dtype=dtype))
+    weight.grad = torch.tensor([0.0, 3.0, -1.0, 4.0, -0.0, -2.0, 6.0, 5.0], dtype=dtype)
+    (left,) = step({"w": weight}, criterion="smallest", mask_ratio=0.5)
+    assert left.tolist() == [0.0, 3.0, -1.0, 4.0, 0.0, -2.0, 0.0, 0.0]
+
+
+def test_relative_favours_small_weights_and_takes_those_that_are_zero_or_broken() -> None:
+    gradients = [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1e-3, torch.inf]
+    weights = [1.0, 0.5, -0.25, 0.0, torch.inf, 0.0, 1e-4, torch.inf]
+    ranks = [7, 3, 6, 2, 1, 0]  # Infinite, without a divisor but 1e-8, 10, 4, 2, 1; the rest 0.
+    for kept in range(1, len(ranks) + 1):
+        weight = nn.Parameter(torch.tensor(weights))
+        weight.grad = torch.tensor(gradients)
+        (left,) = step({"w": weight}, criterion="relative", mask_ratio=1 - kept / 8)
+        assert left.nonzero().flatten().tolist() == sorted(ranks[:kept])
 
 
 def test_random_keeps_exactly_the_share_that_it_should_and_draws_anew_at_each_step() -> None:
@@ -96,10 +190,11 @@ def test_random_keeps_exactly_the_share_that_it_should_and_draws_anew_at_each_st
     assert not torch.equal(kept[1], kept[2])
 
 
-def test_random_masks_depend_on_seed_step_and_name_and_on_nothing_else() -> None:
+@pytest.mark.parametrize("criterion", ["random", "fixed_random"])
+def test_random_masks_depend_on_seed_step_and_name_and_on_nothing_else(criterion: str) -> None:
     def kept(seed: int = 0, steps: int = 0, data: int = 0) -> Tensor:
         named = parameters(seed=data)
-        masker = GradientMasker(named.items(), GMTConfig(criterion="random", seed=seed))
+        masker = GradientMasker(named.items(), GMTConfig(criterion=criterion, seed=seed))
         optimizer = torch.optim.SGD(named.values(), lr=0.0)
         masker.attach(optimizer)
         masker.step = steps
@@ -108,7 +203,9 @@ def test_random_masks_depend_on_seed_step_and_name_and_on_nothing_else() -> None
 
     assert torch.equal(kept(), kept(data=1))
     assert not torch.equal(kept(), kept(seed=1))
-    assert not torch.equal(kept(), kept(steps=1))
+    assert torch.equal(kept(), kept(steps=1)) == (criterion == "fixed_random")
+    half_of_both = kept()[: SHAPES["layers.1.w"].numel()], kept()[SHAPES["layers.0.w"].numel() :]
+    assert not torch.equal(*half_of_both)
 
 
 def test_random_scores_are_uniform() -> None:
@@ -138,21 +235,18 @@ def test_positions_and_weights_follow_the_gradients_layout(layout: str) -> None:
         "channels last": lambda: torch.randn(shape).to(memory_format=torch.channels_last),
     }[layout]()
     before = gradient(weight)
-    for criterion in ("random", "gradient_weight"):
+    for criterion in SCORED:
         weight.grad = (
             before.clone()
             if layout == "expanded"
             else before.clone(memory_format=torch.preserve_format)
         )
-        scores = {
-            "random": lambda: random_scores("w", shape, 0, 0),
-            "gradient_weight": lambda: (before * weight.detach()).abs(),
-        }[criterion]()
         (left,) = step({"w": weight}, criterion=criterion)
-        assert torch.equal(left, masked_by_scores([before], [scores], 0.5)[0])
+        expected = masked_by(criterion, {"w": before}, {"w": weight.detach()}, 0.5, 0, 0)
+        assert torch.equal(left, expected["w"])
 
 
-@pytest.mark.parametrize("criterion", ["random", "gradient_weight", "half"])
+@pytest.mark.parametrize("criterion", [*SCORED, "half"])
 def test_broken_entries_are_never_masked_away(criterion: str) -> None:
     named = {f"layers.{i}.w.weight": nn.Parameter(torch.randn(8, 8)) for i in range(2)}
     for parameter in named.values():
@@ -228,7 +322,7 @@ def test_half_keeps_frozen_what_it_froze_when_parameters_join_later() -> None:
     assert frozen[0] == frozen[1]
 
 
-@pytest.mark.parametrize("criterion", ["gradient", "random", "gradient_weight", "half"])
+@pytest.mark.parametrize("criterion", criteria.BUILT_IN)
 def test_ratio_zero_masks_nothing_under_any_criterion(criterion: str) -> None:
     named = {name: nn.Parameter(torch.randn(shape)) for name, shape in llama_shapes(2).items()}
     for parameter in named.values():
@@ -312,7 +406,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
 
 TEMPLATE = """
 import torch
-from axolotl_gmt.criteria import DROP, KEEP, MAGNITUDE, hookimpl
+from axolotl_gmt.criteria import DROP, KEEP, MAGNITUDE, SMALLEST, hookimpl
 
 def scored(shapes, seed):
     return dict.fromkeys(shapes, lambda entries: {score})
@@ -325,10 +419,10 @@ def gmt_criteria():
 
 def test_a_criterion_of_another_package_is_found_and_used(offer: Callable[..., None]) -> None:
     score = "1 / (1 + entries.gradient.float().abs())"
-    offer("smallest", TEMPLATE.format(name="smallest", score=score))
+    offer("inverse", TEMPLATE.format(name="inverse", score=score))
     named = parameters()
     gradients = [gradient(parameter) for parameter in named.values()]
-    left = step(named, criterion="smallest", mask_ratio=0.7)
+    left = step(named, criterion="inverse", mask_ratio=0.7)
     for found, g in zip(left, gradients, strict=True):
         assert torch.equal(found, masked_by_scores([g], [1 / (1 + g.abs())], 0.7)[0])
 
@@ -336,26 +430,32 @@ def test_a_criterion_of_another_package_is_found_and_used(offer: Callable[..., N
 def test_the_example_in_the_contract_works_as_it_is_printed(offer: Callable[..., None]) -> None:
     assert criteria.__doc__ is not None
     lines = criteria.__doc__.splitlines()
-    start, end = lines.index("    # relative_change.py"), lines.index("    # pyproject.toml")
-    offer("relative_change", "\n".join(line[4:] for line in lines[start:end]))
+    start, end = lines.index("    # weight_magnitude.py"), lines.index("    # pyproject.toml")
+    offer("weight_magnitude", "\n".join(line[4:] for line in lines[start:end]))
     named = parameters()
     before = [(gradient(p), p.detach().clone()) for p in named.values()]
-    left = step(named, criterion="relative_change")
+    left = step(named, criterion="weight_magnitude")
     for found, (g, w) in zip(left, before, strict=True):
-        assert torch.equal(found, masked_by_scores([g], [g.abs() / (w.abs() + 1e-6)], 0.5)[0])
+        assert torch.equal(found, masked_by_scores([g], [w.abs()], 0.5)[0])
 
 
-def test_parameters_may_be_scored_in_different_ways(offer: Callable[..., None]) -> None:
+@pytest.mark.parametrize("other", ["KEEP", "SMALLEST"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_parameters_may_be_scored_in_different_ways(
+    offer: Callable[..., None], other: str, dtype: torch.dtype
+) -> None:
     source = TEMPLATE.format(name="mixed", score="0").replace(
         "return dict.fromkeys(shapes, lambda entries: 0)",
-        'return {n: MAGNITUDE if "0" in n else KEEP for n in shapes}',
+        f'return {{n: MAGNITUDE if "0" in n else {other} for n in shapes}}',
     )
     offer("mixed", source)
-    named = parameters()
+    named = parameters(dtype)
     first, second = (gradient(parameter) for parameter in named.values())
-    left = step(named, criterion="mixed", granularity="global", mask_ratio=0.8)
+    granularity = "global" if other == "KEEP" else "tensor"
+    left = step(named, criterion="mixed", granularity=granularity, mask_ratio=0.8)
     assert torch.equal(left[0], masked([first], 0.8)[0])
-    assert torch.equal(left[1], second)
+    expected = second if other == "KEEP" else masked_but_smallest([second], 0.8)[0]
+    assert torch.equal(left[1], expected)
 
 
 def test_two_packages_with_one_name_are_refused(offer: Callable[..., None]) -> None:
@@ -417,7 +517,7 @@ def test_two_entry_points_to_one_module_are_one_offer(offer: Callable[..., None]
 
 
 def test_an_unknown_criterion_is_refused_with_the_names_that_there_are() -> None:
-    names = "gradient, random, gradient_weight, half"
+    names = "gradient, random, fixed_random, smallest, gradient_weight, relative, half"
     for unknown in ("fisher", ["random"], None):
         with pytest.raises(
             ValidationError, match=rf"{re.escape(repr(unknown))} is not one of {names}"

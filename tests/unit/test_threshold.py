@@ -15,7 +15,7 @@ from axolotl_gmt.gradients.shard import Shard
 from axolotl_gmt.kernels import dispatch, eager
 from axolotl_gmt.kernels.contract import Batch
 from axolotl_gmt.kernels.dispatch import mask_below_
-from axolotl_gmt.kernels.scores import Hashes, Magnitudes, Products, Scores
+from axolotl_gmt.kernels.scores import Hashes, Magnitudes, Products, Quotients, Scores
 from axolotl_gmt.masking.threshold import Rows, common_dtype, find_thresholds
 from tests.reference.gmt_reference import masked, masked_by_scores
 
@@ -161,7 +161,7 @@ def test_an_empty_group_has_threshold_zero() -> None:
 
 @st.composite
 def scored(draw: st.DrawFn) -> Scores:
-    """Products or hashes over any gradient, at addresses of any alignment."""
+    """Products, quotients or hashes over any gradient, at addresses of any alignment."""
     entries = draw(gradient().filter(lambda tensor: tensor.dtype != torch.float64))
     if draw(st.booleans()):
         return Hashes(entries, draw(st.integers(-(2**63), 2**63 - 1)), draw(st.integers(0, 2**50)))
@@ -170,7 +170,8 @@ def scored(draw: st.DrawFn) -> Scores:
     weights[:3] = torch.tensor([0.0, math.inf, math.nan])
     weights = weights.to(draw(st.sampled_from(DTYPES)))
     start = draw(st.integers(0, 3))
-    return Products(entries, weights[start : start + len(entries)])
+    made = draw(st.sampled_from([Products, Quotients]))
+    return made(entries, weights[start : start + len(entries)])
 
 
 @given(scores=st.lists(scored(), min_size=1, max_size=5), mask_ratio=RATIOS)
