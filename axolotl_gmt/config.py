@@ -71,6 +71,24 @@ def _check_patterns(value: object) -> object:
     return tuple(patterns)
 
 
+def _check_mask_interval(value: object) -> object:
+    if value != "once" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(
+            f"{value!r} is neither a number of optimizer steps nor once. Set 1 for a new mask at "
+            "every step, N for one every N steps, or once for one mask in the whole run."
+        )
+    return value
+
+
+def _check_warmup_steps(value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(
+            f"{value!r} is not a number of optimizer steps. Set how many come before the first "
+            "mask, such as 10, or 0."
+        )
+    return value
+
+
 def _check_criterion(value: object) -> object:
     from axolotl_gmt import criteria  # It imports torch, which a JSON schema does not need.
 
@@ -99,6 +117,10 @@ CriterionSetting = Annotated[
     ),
 ]
 _PATTERN: JsonDict = {"type": "string", "format": "regex"}
+MaskInterval = Annotated[
+    Annotated[int, Field(ge=1)] | Literal["once"], BeforeValidator(_check_mask_interval)
+]
+WarmupSteps = Annotated[int, Field(ge=0), BeforeValidator(_check_warmup_steps)]
 Patterns = Annotated[
     tuple[str, ...] | None,
     BeforeValidator(_check_patterns),
@@ -149,6 +171,20 @@ class GMTConfig(BaseModel):
         "`half`). "
         "Unset: the run's seed.",
     )
+    mask_interval: MaskInterval = Field(
+        default=1,
+        description="A new mask every so many optimizer steps, kept in between; `once`: the first "
+        "mask stays for the whole run. 1 is the paper's.",
+    )
+    warmup_steps: WarmupSteps = Field(
+        default=0,
+        description="Optimizer steps before the first mask, in which nothing is masked.",
+    )
+    hold: bool = Field(
+        default=False,
+        description="Whether an entry whose masked gradient is 0 keeps its weight in that step, "
+        "bit for bit: no momentum, no weight decay. Costs a copy of the weights.",
+    )
     log_modules: bool = Field(
         default=False,
         description="Whether the statistics of each module join the training log: "
@@ -160,10 +196,20 @@ class GMTConfig(BaseModel):
         """What is selected, in words for a log."""
         if self.criterion == "half" and self.mask_ratio:  # It has no ratio of its own.
             return "criterion half"
-        return (
+        words = [
             f"ratio masked {self.mask_ratio:.4g} (kept {1 - self.mask_ratio:.4g}), granularity "
             f"{self.granularity}, criterion {self.criterion}"
-        )
+        ]
+        if self.mask_ratio:  # Else there is no mask.
+            if self.warmup_steps:
+                words.append(f"no mask in the first {self.warmup_steps} steps")
+            if self.mask_interval == "once":
+                words.append("one mask for the whole run")
+            elif self.mask_interval > 1:
+                words.append(f"a new mask every {self.mask_interval} steps")
+            if self.hold:
+                words.append("weights of masked entries held")
+        return ", ".join(words)
 
 
 def explain(error: ValidationError, prefix: str = "") -> str:

@@ -85,10 +85,11 @@ class Case(NamedTuple):
         return self.kind.score in ("product", "quotient")
 
     @property
-    def bytes_an_entry(self) -> int:
+    def bytes_an_entry(self) -> float:
         """Bytes that are read and written for an entry."""
         moves = 2 if self.step == "mask" else 1
         weight = self.kind.weight.itemsize if self.reads_weights else 0
+        weight += (self.kind.score == "bit") / 8
         return moves * self.kind.entry.itemsize + weight
 
     @property
@@ -120,6 +121,9 @@ def cases() -> Iterator[Case]:
         yield Case("count upper", kind, triton_gpu.count_launch(kind, upper, False))
         if upper.shift:
             yield Case("count lower", kind, triton_gpu.count_launch(kind, Digit(0, 16), True))
+        yield Case("mask", kind, triton_gpu.mask_launch(kind))
+    for dtype in DTYPES.values():
+        kind = Kind("bit", dtype, dtype, True)
         yield Case("mask", kind, triton_gpu.mask_launch(kind))
 
 

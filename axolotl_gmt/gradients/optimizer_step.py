@@ -12,31 +12,36 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from axolotl_gmt.gradients.shard import Handles, Step
 
-def mask_before_steps(
+
+def hook_steps(
     optimizer: Optimizer,
     stepped: Callable[[], Iterator[Tensor]],
-    begin_step: Callable[[], Callable[[], None]],
+    begin_step: Callable[[], Step],
+    holds: bool,
 ) -> RemovableHandle:
-    """Call ``begin_step`` once a step, and what it returns when the gradients are complete.
+    """Call ``begin_step`` once a step, and tell what it returns how far the step is.
 
-    That is at once, or after each call of a closure, which makes them. A step within a step,
-    as ``super().step()`` is where torch has hooked the parent's class too, begins none: what
-    has been masked stays as it is, and gradients that are new are masked as part of the step.
+    The gradients are complete at once, or after each call of a closure, which makes them. A step
+    within a step, as ``super().step()`` is where torch has hooked the parent's class too, begins
+    none: what has been masked stays as it is, and gradients that are new are masked as part of the
+    step.
 
     Args:
         optimizer: Whose steps.
         stepped: Gives the parameters that it steps.
-        begin_step: What a step begins with; returns what masks.
+        begin_step: What a step begins with.
+        holds: Whether to tell of more than the gradients.
     """
-    step = _Step(stepped)
+    step = _StepUnderWay(stepped)
 
     def hook(
         optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         is_outermost = _steps_under_way(optimizer) <= 1
         if is_outermost:
-            step.begin(torch.compiler.disable(begin_step()))
+            step.begin(begin_step(), holds)
         _, *positional = args
         closure = positional[0] if positional else kwargs.get("closure")
         if closure is None:
@@ -60,10 +65,17 @@ def mask_before_steps(
 
     # A compiled step must not trace the masker: its Python would be compiled anew at each step.
     handle: RemovableHandle = optimizer.register_step_pre_hook(torch.compiler.disable(hook))
-    return handle
+    if not holds:
+        return handle
+
+    def end(optimizer: Optimizer, *_: object) -> None:
+        if _steps_under_way(optimizer) <= 1:
+            step.end()
+
+    return Handles(handle, optimizer.register_step_post_hook(torch.compiler.disable(end)))
 
 
-class _Step:
+class _StepUnderWay:
     """The optimizer step under way, which may hold others.
 
     Args:
@@ -72,27 +84,34 @@ class _Step:
 
     def __init__(self, parameters: Callable[[], Iterator[Tensor]]) -> None:
         self._parameters = parameters
-        self._mask: Callable[[], None] | None = None
+        self._step: Step | None = None
         self._masked: list[ReferenceType[Tensor]] = []
         self.masks = 0
 
-    def begin(self, mask: Callable[[], None]) -> None:
-        """Mask by ``mask`` from now on; nothing is masked yet."""
-        self._mask = mask
+    def begin(self, step: Step, holds: bool) -> None:
+        """Go through ``step`` from now on; nothing is masked yet."""
+        self._step = step
         self._masked = []
+        if holds:
+            step.hold(self._parameters())
 
     def mask(self) -> None:
         """Mask the gradients as they are."""
-        assert self._mask is not None
-        self._mask()
+        assert self._step is not None
+        torch.compiler.disable(self._step.mask)()
         self.masks += 1
         self._masked = [ref(gradient) for gradient in self._gradients()]
 
     def mask_new_gradients(self) -> None:
         """Mask, unless all gradients are those that have been masked."""
         masked = {id(reference()) for reference in self._masked}
-        if self._mask is not None and any(id(new) not in masked for new in self._gradients()):
+        if self._step is not None and any(id(new) not in masked for new in self._gradients()):
             self.mask()
+
+    def end(self) -> None:
+        """The weights have been stepped."""
+        assert self._step is not None
+        self._step.release()
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._parameters() if p.grad is not None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch.distributed.tensor import Shard as DTensorShard
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from axolotl_gmt.gradients.optimizer_step import mask_before_steps
-from axolotl_gmt.gradients.shard import Ranks, Shard, process_groups
+from axolotl_gmt.gradients.optimizer_step import hook_steps
+from axolotl_gmt.gradients.shard import Ranks, Shard, Step, process_groups
 
 
 class PlainGradients:
@@ -78,7 +78,7 @@ class PlainGradients:
             _check_reduced(name, reference)
         if gradient is None:  # Elsewhere there may be one, of the dtype that is known everywhere.
             empty = _local(reference).new_empty(0, dtype=_gradient_dtype(parameter))
-            return Shard(name, parameter, empty, ranks)
+            return Shard(name, parameter, empty, ranks, is_absent=True)
         return Shard(name, parameter, _local_entries(parameter, gradient), ranks)
 
     def groups(self) -> list[dist.ProcessGroup]:
@@ -162,9 +162,21 @@ class PlainGradients:
             first, rows = first + start, min(chunk, rows - start)
         return first * math.prod(gradient.shape[1:])
 
-    def before_step(self, begin_step: Callable[[], Callable[[], None]]) -> RemovableHandle:
-        """See :func:`~axolotl_gmt.gradients.optimizer_step.mask_before_steps`."""
-        return mask_before_steps(self.optimizer, self._stepped, begin_step)
+    def local_gradient(self, parameter: Tensor) -> Tensor | None:
+        """See :meth:`~axolotl_gmt.gradients.shard.StepGradients.local_gradient`."""
+        return None if parameter.grad is None else _local(parameter.grad)
+
+    def local_weight(self, parameter: Tensor) -> Tensor:
+        """See :meth:`~axolotl_gmt.gradients.shard.StepGradients.local_weight`."""
+        return _local(parameter.detach())
+
+    def stepped_together(self, parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+        """See :meth:`~axolotl_gmt.gradients.shard.StepGradients.stepped_together`."""
+        return [list(parameters)]
+
+    def on_step(self, begin_step: Callable[[], Step], holds: bool) -> RemovableHandle:
+        """See :func:`~axolotl_gmt.gradients.optimizer_step.hook_steps`."""
+        return hook_steps(self.optimizer, self._stepped, begin_step, holds)
 
 
 def _sharded_over(tensor: DTensor) -> Ranks:

@@ -51,12 +51,27 @@ class Shard:
             writes to the gradient. The order of entries is that of memory. Empty if there is no
             gradient here, so that all ranks hold the same list of shards.
         ranks: Who holds the other entries.
+        is_absent: Whether there is no gradient here.
     """
 
     name: str
     parameter: Tensor
     entries: Tensor
     ranks: Ranks
+    is_absent: bool = False
+
+
+class Step(Protocol):
+    """One step of an optimizer; a source of gradients says how far it is."""
+
+    def mask(self) -> None:
+        """The gradients are complete. Called again if a closure makes them anew."""
+
+    def hold(self, parameters: Iterable[Tensor]) -> None:
+        """The weights of these parameters are about to be stepped."""
+
+    def release(self) -> None:
+        """They have been stepped."""
 
 
 class StepGradients(Protocol):
@@ -105,8 +120,44 @@ class StepGradients(Protocol):
     def first_position(self, shard: Shard) -> int | None:
         """The first of :meth:`positions` if each next one is one more, else None."""
 
-    def before_step(self, begin_step: Callable[[], Callable[[], None]]) -> RemovableHandle:
-        """Call ``begin_step`` once a step, and what it returns when the gradients are complete."""
+    def local_gradient(self, parameter: Tensor) -> Tensor | None:
+        """The part of ``parameter``'s gradient in this process; None if there is no gradient."""
+
+    def local_weight(self, parameter: Tensor) -> Tensor:
+        """The part of ``parameter`` that the optimizer steps in this process.
+
+        Shaped as :meth:`local_gradient`. Writing to it writes to the weights, wherever they are.
+        """
+
+    def stepped_together(self, parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+        """``parameters`` in lists of those that are stepped at once."""
+
+    def on_step(self, begin_step: Callable[[], Step], holds: bool) -> RemovableHandle:
+        """Call ``begin_step`` once a step, and tell what it returns how far the step is.
+
+        Args:
+            begin_step: Called when a step begins.
+            holds: Whether to tell of more than :meth:`Step.mask`.
+        """
+
+
+class Handles(RemovableHandle):
+    """Handles of several hooks as one, which looks like the first.
+
+    Args:
+        first: Of the hook that masks.
+        others: Those that go with it.
+    """
+
+    def __init__(self, first: RemovableHandle, *others: RemovableHandle) -> None:
+        self.__setstate__(first.__getstate__())
+        self._others = others
+
+    def remove(self) -> None:
+        """Remove all hooks."""
+        super().remove()
+        for handle in self._others:
+            handle.remove()
 
 
 def process_groups(ranks: Iterable[Ranks]) -> list[dist.ProcessGroup]:

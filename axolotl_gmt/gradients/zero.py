@@ -10,8 +10,8 @@ are unscaled and clipped (by one common factor, which keeps their order).
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from axolotl_gmt.gradients.shard import Ranks, Shard, process_groups
+from axolotl_gmt.gradients.shard import Handles, Ranks, Shard, Step, process_groups
 
 # What is read of DeepSpeed's optimizers, none of it public.
 _READ = {
@@ -127,11 +127,34 @@ class ZeroGradients:
         )
         return Shard(name, parameter, entries, self._ranks(parameter))
 
+    def _held(self, parameter: Any) -> int:
+        """How many entries of ``parameter`` are in this process."""
+        if self._stage_3:
+            _, _, padded = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+            rank = dist.get_rank(parameter.ds_process_group)
+            return int(max(0, min(padded, parameter.ds_numel - rank * padded)))
+        mapping = parameter._hp_mapping
+        return 0 if mapping is None else int(mapping.get_hp_fragment_address().numel)
+
     def weight(self, shard: Shard) -> Tensor:
         """The fp32 weights, which ZeRO steps, whose gradients are ``shard.entries``."""
-        partition, start = self._place_in_partition(shard.parameter)
-        weight = partition.detach().narrow(0, start, len(shard.entries))
-        return weight.to(shard.entries.device)
+        return self.local_weight(shard.parameter).to(shard.entries.device)
+
+    def local_gradient(self, parameter: Any) -> Tensor:
+        """See :meth:`~axolotl_gmt.gradients.shard.StepGradients.local_gradient`."""
+        return self.shard("", parameter).entries
+
+    def local_weight(self, parameter: Any) -> Tensor:
+        """See :meth:`~axolotl_gmt.gradients.shard.StepGradients.local_weight`; in fp32."""
+        partition, start = self._place_in_partition(parameter)
+        return partition.detach().narrow(0, start, self._held(parameter))
+
+    def stepped_together(self, parameters: Iterable[Tensor]) -> list[list[Tensor]]:
+        """See :meth:`~axolotl_gmt.gradients.shard.StepGradients.stepped_together`."""
+        groups: dict[int, list[Tensor]] = defaultdict(list)
+        for parameter in parameters:
+            groups[self._place[parameter][0]].append(parameter)
+        return list(groups.values())
 
     def positions(self, shard: Shard) -> Callable[[int, int], Tensor]:
         """A function that tells where ``shard.entries[start:stop]`` lie in the whole parameter."""
@@ -174,9 +197,8 @@ class ZeroGradients:
     def _stage_3_entries(self, parameter: Any) -> Any:
         zero = self.optimizer
         index, position = self._place[parameter]
-        _, start, padded = zero.grad_position[zero.get_param_id(parameter)]
-        group = parameter.ds_process_group
-        held = max(0, min(padded, parameter.ds_numel - dist.get_rank(group) * padded))
+        _, start, _ = zero.grad_position[zero.get_param_id(parameter)]
+        held = self._held(parameter)
         partition = zero.fp32_partitioned_groups_flat[index]
         if partition.grad is not None:
             return partition.grad.narrow(0, start, held)
@@ -186,12 +208,37 @@ class ZeroGradients:
         """The first of :meth:`positions`, of which each next one is one more."""
         return self._first_position(shard.parameter)
 
-    def before_step(self, begin_step: Callable[[], Callable[[], None]]) -> RemovableHandle:
-        """Mask once a step, when the norm is known and nothing is unscaled yet."""
+    def on_step(self, begin_step: Callable[[], Step], holds: bool) -> RemovableHandle:
+        """Mask once a step, when the norm is known and nothing is unscaled yet.
+
+        Weights are held through each of the steps of the inner optimizer, one group at a time.
+        """
+        step: Step | None = None
+
+        def begin() -> None:
+            nonlocal step
+            step = begin_step()
+            step.mask()
+
         hooks = _hooks_of(self.optimizer, self._stage_3)
         handle = RemovableHandle(hooks)
-        hooks[handle.id] = lambda: begin_step()()
-        return handle
+        hooks[handle.id] = begin
+        if not holds:
+            return handle
+
+        def hold(inner: Any, *_: object) -> None:
+            assert step is not None
+            partitions = {id(part) for group in inner.param_groups for part in group["params"]}
+            step.hold(p for p in self._place if id(self._place_in_partition(p)[0]) in partitions)
+
+        def release(*_: object) -> None:
+            assert step is not None
+            step.release()
+
+        inner = self.optimizer.optimizer
+        return Handles(
+            handle, inner.register_step_pre_hook(hold), inner.register_step_post_hook(release)
+        )
 
 
 def _hooks_of(optimizer: Any, stage_3: bool) -> OrderedDict[int, Callable[[], None]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_gmt.config import GMTConfig
 from axolotl_gmt.gradients.shard import plain_name, shape
+from axolotl_gmt.integrations import mask_files
 from axolotl_gmt.integrations.deepspeed_config import check_deepspeed_config
 from axolotl_gmt.masking.masker import GradientMasker
 from axolotl_gmt.names import kind_name, module_name
@@ -44,6 +47,12 @@ class GMTCallback(TrainerCallback):
 
     is_placed = False
     """Whether it is in front of its trainer's callbacks already, by :meth:`put_first`."""
+    resume_from: str | None = None
+    """The checkpoint that training resumes from.
+
+    Needed only if masks stay (``mask_interval``) and the checkpoint is neither in the output folder
+    nor what ``TrainingArguments`` have: a trainer does not tell its callbacks.
+    """
 
     def __init__(self, config: GMTConfig | None = None, **settings: Any) -> None:
         if config is not None and settings:
@@ -86,6 +95,9 @@ class GMTCallback(TrainerCallback):
             self.config.model_copy(update={"seed": seed}),
         )
         self._handle = self._masker.attach(optimizer)
+        self._masker.step = state.global_step
+        if self._masker.goes_on_with_masks():
+            self._masker.load_state_dict(self._load_masks(args, state))
         tensors = [shape(tensor) for _, tensor in self._masker.masked_parameters(optimizer)]
         attributes = Attributes(
             base_optimizer=_innermost(optimizer),
@@ -97,10 +109,12 @@ class GMTCallback(TrainerCallback):
         record = Record(args=self._masker.config.model_dump(mode="json"), attributes=attributes)
         state.stateful_callbacks[RECORD] = record.model_dump()
         if state.is_world_process_zero:
+            extra = self._masker.extra_bytes(optimizer)
             LOG.info(
                 f"Gradient-Mask Tuning: base optimizer {attributes.base_optimizer}, "
                 f"{self.config.selection}; {len(tensors)} tensors with "
-                f"{attributes.masked_parameters:,} parameters under the mask."
+                f"{attributes.masked_parameters:,} parameters under the mask"
+                + (f"; takes {extra / 1e6:,.1f} MB of memory in this process." if extra else ".")
             )
 
     def on_step_begin(
@@ -141,6 +155,48 @@ class GMTCallback(TrainerCallback):
         if state.log_history:  # The trainer copied the log there before it called this.
             state.log_history[-1].update(statistics)
 
+    def on_save(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Put the masks that stay into the checkpoint that the trainer has just saved."""
+        if self._masker is not None and self._masker.keeps_masks:
+            path = _masks_in(_checkpoint(args, state), args)
+            mask_files.save(path, self._masker.state_dict())
+
+    def _load_masks(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        """The masks of the checkpoint that training resumes from.
+
+        Raises:
+            ValueError: If it has none for this process, or is not known.
+        """
+        step = state.global_step
+        named = self.resume_from or args.resume_from_checkpoint
+        folder = Path(named) if isinstance(named, str) else _checkpoint(args, state)
+        anew = (
+            f"Or set warmup_steps (gmt_warmup_steps in YAML): {step}, so that a new mask is made "
+            "here."
+        )
+        if not mask_files.is_checkpoint_of(folder, step, state.log_history):
+            raise ValueError(
+                f"Training resumes at step {step} and would go on with the masks of its "
+                f"checkpoint, but {folder} is not that checkpoint. Set resume_from of the "
+                f"GMTCallback to its folder. {anew}"
+            )
+        path = _masks_in(folder, args)
+        try:
+            return mask_files.load(path)
+        except FileNotFoundError:
+            found = sorted(file.name for file in path.parent.glob("rank_*"))
+            raise ValueError(
+                f"{path} is missing, so that training cannot go on with the masks of the "
+                f"checkpoint ({'it has ' + found[0] if found else 'it has none'}). Resume with as "
+                f"many processes as saved it. {anew}"
+            ) from None
+
     def on_train_end(
         self,
         args: TrainingArguments,
@@ -155,6 +211,15 @@ class GMTCallback(TrainerCallback):
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where a trainer saves the checkpoint of the step that it is at."""
+    return Path(args.output_dir or ".", f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _masks_in(checkpoint: Path, args: TrainingArguments) -> Path:
+    return mask_files.path_in(checkpoint, args.process_index, args.world_size)
 
 
 def _innermost(optimizer: object) -> str:

@@ -30,12 +30,13 @@ from axolotl_gmt.kernels.contract import Batch, most_copies
 from axolotl_gmt.kernels.dtypes import COMPILED, FORMATS, Digit
 from axolotl_gmt.kernels.scores import (
     EPSILON,
-    Given,
+    Bits,
     Hashes,
     Inverses,
     Kind,
     Magnitudes,
     Products,
+    Quotients,
     Weighted,
 )
 
@@ -94,7 +95,7 @@ def supports(kind: Kind) -> bool:
     entries = {torch.bfloat16, torch.float32} if kind.weights else COMPILED
     return (
         kind.compared == torch.float32
-        and kind.scores is not Given
+        and kind.scores in (Magnitudes, Inverses, Products, Quotients, Hashes, Bits)
         and kind.entries in entries
         and (kind.weights or kind.entries) in entries
     )
@@ -159,7 +160,8 @@ def _from_float16(magnitude: Any) -> Any:
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _INFINITY = np.uint32(FORMATS[torch.float32].infinity)
-_MAGNITUDE, _INVERSE, _PRODUCT, _QUOTIENT, _HASH = map(np.uint8, range(5))
+_ONE = np.uint32(0x3F800000)
+_MAGNITUDE, _INVERSE, _PRODUCT, _QUOTIENT, _HASH, _BIT = map(np.uint8, range(6))
 _EPSILON = np.float32(EPSILON)
 
 
@@ -169,7 +171,7 @@ def _score(
 ) -> None:
     """Patterns of float32 scores of ``into.size`` entries from ``start`` on.
 
-    Inverses, products and quotients as their classes in :mod:`~.scores` say, hashes as
+    Inverses, products, quotients and bits as their classes in :mod:`~.scores` say, hashes as
     :func:`~.scores.uniform` makes them, or the magnitudes of narrower entries. NaN, whose pattern
     lies above infinity's, counts as that.
     """
@@ -207,14 +209,21 @@ def _score(
             pattern = np.float32(entry / divisor).view(np.uint32) & np.uint32(0x7FFFFFFF)
             into[index] = min(pattern, _INFINITY)
     else:
-        state = (position + np.uint64(start)) * _FACTOR + key
-        for index in range(into.size):
-            x = (state ^ (state >> np.uint64(30))) * _FACTORS[0]
-            x = (x ^ (x >> np.uint64(27))) * _FACTORS[1]
-            # The last step, x ^ (x >> 31), leaves the upper 24 bits as they are.
-            upper = np.float32(np.int32(x >> np.uint64(40)))
-            into[index] = np.float32(upper * np.float32(2.0**-24)).view(np.uint32)
-            state += _FACTOR
+        position += np.uint64(start)
+        if what == _BIT:
+            for index in range(into.size):
+                place = position + np.uint64(index)
+                bit = (weights[place >> np.uint64(3)] >> np.uint8(place & np.uint64(7))) & 1
+                into[index] = np.uint32(bit) * _ONE
+        else:
+            state = position * _FACTOR + key
+            for index in range(into.size):
+                x = (state ^ (state >> np.uint64(30))) * _FACTORS[0]
+                x = (x ^ (x >> np.uint64(27))) * _FACTORS[1]
+                # The last step, x ^ (x >> 31), leaves the upper 24 bits as they are.
+                upper = np.float32(np.int32(x >> np.uint64(40)))
+                into[index] = np.float32(upper * np.float32(2.0**-24)).view(np.uint32)
+                state += _FACTOR
         is_broken = False
         for index in range(into.size):
             is_broken |= (entries[index] & last) >= infinity
@@ -430,6 +439,8 @@ def _pieces(batch: Batch) -> Callable[[int, int, int], _Piece]:
             what = _INVERSE
         elif isinstance(scores, Hashes):
             what, key, first = _HASH, scores.key % 2**64, (scores.first + start) % 2**64
+        elif isinstance(scores, Bits):
+            what, weights, first = _BIT, scores.bits.numpy(), start
         source = (what, *constants, np.uint64(key), np.uint64(first))
         return _Piece(tensor, row, of_piece, (of_piece, weights, source))
 

@@ -16,6 +16,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from axolotl_gmt.kernels.bits import unpack
 from axolotl_gmt.kernels.dtypes import FORMATS, magnitude_patterns
 
 EPSILON = 1e-8
@@ -162,6 +163,22 @@ class Hashes(Scores):
         entries = self.entries[start:stop]
         positions = torch.arange(self.first + start, self.first + stop, device=entries.device)
         return uniform(positions, self.key).masked_fill_(~entries.isfinite(), math.inf)
+
+
+@dataclass(frozen=True)
+class Bits(Scores):
+    """1 where a bit is set and 0 where it is not; infinite where the entry is not finite.
+
+    Attributes:
+        bits: One for each entry, as :func:`~.bits.pack` makes them, on the device of the entries.
+    """
+
+    bits: Tensor
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """See :meth:`Scores.values`; ``start`` is a multiple of 8."""
+        flags = unpack(self.bits, start, stop).float()
+        return flags.masked_fill_(~self.entries[start:stop].isfinite(), math.inf)
 
 
 @dataclass(frozen=True)

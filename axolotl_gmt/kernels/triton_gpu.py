@@ -53,11 +53,12 @@ from axolotl_gmt.kernels.contract import Batch
 from axolotl_gmt.kernels.dtypes import COMPILED, FORMATS, Digit
 from axolotl_gmt.kernels.scores import (
     EPSILON,
-    Given,
+    Bits,
     Hashes,
     Inverses,
     Magnitudes,
     Products,
+    Quotients,
     Weighted,
 )
 from axolotl_gmt.kernels.scores import Kind as KindOfScores
@@ -123,7 +124,8 @@ def _place(
         The tensor's index. Pointer to the program's span of memory, aligned as :func:`_table`
         reserves programs, to patterns. From there, in entries, the positions of the tensor's first
         entry within the span and of the end of them, never before it, both int32. What the score
-        needs at the start of the span: a pointer to weights, or the hash's first state.
+        needs at the start of the span: a pointer to weights, the address of a bit, or the hash's
+        first state.
     """
     program = tl.program_id(0)
     tensor = _tensor_of(table, tensors, program)
@@ -146,6 +148,8 @@ def _place(
         position = tl.load(table + _POSITION * tensors) + start
         state = position.to(tl.uint64, bitcast=True) * 0x9E3779B97F4A7C15
         source = state + tl.load(table + _KEY * tensors).to(tl.uint64, bitcast=True)
+    elif score == "bit":  # The address of a bit: eight times that of its byte, and its place there.
+        source = tl.load(table + _WEIGHTS * tensors) * 8 + start
     else:
         source = 0
     return tensor, pointer, first, tl.maximum(first, end), source
@@ -195,6 +199,10 @@ def _score(
         products = _value(magnitudes, entry) * _load(source, lanes, there).to(tl.float32)
         # The pattern of NaN is above that of infinity, which it counts as.
         patterns = tl.minimum(products.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0x7F800000)
+    elif score == "bit":
+        bits = source + lanes
+        flags = (_load((bits >> 3).to(tl.pointer_type(tl.uint8)), 0, there) >> (bits & 7)) & 1
+        patterns = tl.where(magnitudes < infinity, flags.to(tl.int32) * 0x3F800000, 0x7F800000)
     else:
         x = source + lanes.to(tl.uint64) * 0x9E3779B97F4A7C15
         x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
@@ -414,7 +422,7 @@ class Kind(NamedTuple):
 
     Attributes:
         score: Where scores come from: "magnitude", "widened" (as float32), "inverse", "product",
-            "quotient" or "hash".
+            "quotient", "hash" or "bit".
         entry: The entries' dtype.
         weight: The weights' dtype for products and quotients, else that of the entries.
         aligned: Whether weights can be read as the entries are, 16 bytes at a time.
@@ -494,11 +502,12 @@ def mask_launch(kind: Kind) -> Launch:
 
 
 def supports(kind: KindOfScores) -> bool:
-    """Whether there are kernels for scores of that kind: all that need not be read as scores."""
+    """Whether there are kernels for scores of that kind."""
+    classes = (Magnitudes, Inverses, Products, Quotients, Hashes, Bits)
     dtypes = {kind.entries, kind.weights or kind.entries}
     widens = kind.compared == torch.float32
     is_whole = kind.scores is Magnitudes and kind.entries == kind.compared
-    return kind.scores is not Given and dtypes <= COMPILED and (widens or is_whole)
+    return kind.scores in classes and dtypes <= COMPILED and (widens or is_whole)
 
 
 def boundaries(itemsize: int) -> Iterator[tuple[int, int]]:
@@ -539,10 +548,9 @@ def _kind(batch: Batch) -> Kind:
         )
         name = "product" if isinstance(scores, Products) else "quotient"
         return Kind(name, entry, scores.weights.dtype, aligned)
-    if isinstance(scores, Inverses):
-        return Kind("inverse", entry, entry, True)
-    if isinstance(scores, Hashes):
-        return Kind("hash", entry, entry, True)
+    for of_class, name in ((Inverses, "inverse"), (Hashes, "hash"), (Bits, "bit")):
+        if isinstance(scores, of_class):
+            return Kind(name, entry, entry, True)
     return Kind("magnitude" if entry == batch.dtype else "widened", entry, entry, True)
 
 
@@ -556,14 +564,16 @@ def _table(batch: Batch, span: int, device: torch.device) -> tuple[Tensor, int]:
     """What kernels are told of each tensor, int64 ``(7, tensors)``, and the number of programs.
 
     The rows of the table are the tensor's address, entries and row, its first program, the address
-    of its weights, the key and the first position of its hashes. A pinned buffer is handed out
-    again only after the copy from it is over, which PyTorch's allocator sees to.
+    of its weights or bits, the key and the first position of its hashes. A pinned buffer is handed
+    out again only after the copy from it is over, which PyTorch's allocator sees to.
     """
     table: list[tuple[int, ...]] = []
     programs = 0
     for score, row in batch.pairs():
         address, entries = score.entries.data_ptr(), score.entries.numel()
-        weights = score.weights.data_ptr() if isinstance(score, Weighted) else 0
+        weights = 0
+        if isinstance(score, Weighted | Bits):
+            weights = (score.weights if isinstance(score, Weighted) else score.bits).data_ptr()
         key, position = (score.key, score.first) if isinstance(score, Hashes) else (0, 0)
         table.append((address, entries, row, programs, weights, key, position))
         unaligned = address % _ALIGNMENT // score.entries.element_size()

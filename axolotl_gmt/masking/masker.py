@@ -8,8 +8,8 @@ gradients in place just before each of its steps.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -23,6 +23,8 @@ from axolotl_gmt.gradients.shard import Shard, StepGradients, plain_name, shape
 from axolotl_gmt.kernels.contract import Batch
 from axolotl_gmt.kernels.dispatch import mask_below_
 from axolotl_gmt.kernels.scores import Given, Magnitudes, Scores
+from axolotl_gmt.masking.hold import HeldWeights, bytes_copied, check_can_hold
+from axolotl_gmt.masking.kept import KEPT, KeptMasks
 from axolotl_gmt.masking.scorers import Scorers
 from axolotl_gmt.masking.selection import Selection
 from axolotl_gmt.masking.statistics import Statistics
@@ -51,6 +53,7 @@ class GradientMasker:
         config: The settings; the defaults if None.
 
     Attributes:
+        holds: Whether weights are held, as ``hold`` says and a mask ratio of 0 forbids.
         step: The number of optimizer steps before the next one, which criteria that draw anew at
             each step draw by. Counts steps by itself; set it before each step where these are not
             the same: in a resumed run, or with several optimizers.
@@ -78,6 +81,10 @@ class GradientMasker:
         self._selection = Selection(self.config)
         self._scorers = Scorers(self.config)
         self._statistics: Statistics | None = None
+        # A mask ratio of 0 masks nothing, so there is nothing to hold or to keep.
+        masks = self.config.mask_ratio > 0
+        self.holds = masks and self.config.hold
+        self._kept = KeptMasks(self.config) if masks and self.config.mask_interval != 1 else None
         self._handles: WeakKeyDictionary[object, RemovableHandle] = WeakKeyDictionary()
         self._agreed: WeakSet[StepGradients] = WeakSet()
         self.step = 0
@@ -96,8 +103,8 @@ class GradientMasker:
             ValueError: If the optimizer steps tensors that are not among the named parameters,
                 if a pattern matches none of the parameters that it steps, if the patterns leave
                 none to mask, if this masker is already attached to the optimizer, if GMT cannot
-                be exact in this set-up, if another rank has other settings or parameters, or (also
-                at a step) if the criterion breaks its contract.
+                be exact in this set-up or hold the optimizer's weights, if another rank has other
+                settings or parameters, or (also at a step) if the criterion breaks its contract.
             RuntimeError: (also at a step) Quoting the error of another rank.
         """
         gradients = step_gradients(optimizer, self._names)
@@ -112,7 +119,7 @@ class GradientMasker:
             raise ValueError(
                 "This masker is already attached to this optimizer. Remove the first handle."
             )
-        handle = gradients.before_step(lambda: self._begin_step(gradients))
+        handle = gradients.on_step(lambda: _Step(self, gradients), self.holds)
         self._handles[gradients.optimizer] = handle
         return handle
 
@@ -146,6 +153,54 @@ class GradientMasker:
             return {}
         return self._statistics.of_modules(names[0] for names in self._names.values())
 
+    def extra_bytes(self, optimizer: object) -> int:
+        """Bytes that ``hold`` copies at a time and that a mask that stays takes, in this process.
+
+        Raises:
+            ValueError: If the optimizer steps a tensor that is not among the named parameters.
+        """
+        gradients = step_gradients(optimizer, self._names)
+        masked = [parameter for _, parameter in self._selection.masked(gradients)]
+        entries = sum(gradients.local_weight(parameter).numel() for parameter in masked)
+        copied = bytes_copied(gradients, masked) if self.holds else 0
+        # Held weights need a bit too, which tells where a gradient is 0.
+        return copied + (self.holds + (self._kept is not None)) * entries // 8
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run must take over to go on with the same masks.
+
+        Returns:
+            ``step``, and with a ``mask_interval`` other than 1 by parameter name ``masks``, the
+            bits of its local entries, uint8 ``(ceil(entries / 8),)`` (see
+            :func:`~axolotl_gmt.kernels.bits.pack`), and ``layouts``, how it is sharded; and
+            ``made_at``, a step of the interval that the masks are of.
+        """
+        return {"step": self.step} | (self._kept.state_dict() if self._kept is not None else {})
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another masker was, in the same set-up, when :meth:`state_dict` was called.
+
+        Raises:
+            ValueError: If masks are missing that the next step would go on with, or do not fit.
+        """
+        self.step = state["step"]
+        if self._kept is not None and self.goes_on_with_masks():
+            if state.get("made_at") is None:
+                raise ValueError(
+                    f"Step {self.step} goes on with masks that earlier steps have made, but there "
+                    "are none in the state. Save it with the mask_interval that it is loaded with."
+                )
+            self._kept.load_state_dict(state)
+
+    @property
+    def keeps_masks(self) -> bool:
+        """Whether masks stay for several steps, so that :meth:`state_dict` has some."""
+        return self._kept is not None
+
+    def goes_on_with_masks(self) -> bool:
+        """Whether the next step, as ``step`` counts, goes on with masks of the steps before."""
+        return self._kept is not None and self._kept.is_under_way(self.step)
+
     def _prepare(self, gradients: StepGradients) -> dict[str, str]:
         """Check that there is something to mask, and ask the criterion how.
 
@@ -153,20 +208,21 @@ class GradientMasker:
             What ranks that share a gradient must have in common to choose one mask.
         """
         self._selection.check(gradients)
+        if self.holds:
+            check_can_hold(gradients.optimizer)
         masked = self._selection.masked(gradients)
         self._scorers.ask(masked)
         settings = {
             f"{setting} (gmt_{setting} in YAML)": repr(value)
             for setting, value in self.config.model_dump().items()
         }
-        return settings | {
+        layouts = {
             name: f"{tuple(shape(parameter))} {parameter.dtype}, {gradients.layout(parameter)}"
             for name, parameter in masked
         }
-
-    def _begin_step(self, gradients: StepGradients) -> Callable[[], None]:
-        """What masks the gradients of the step that begins, each time that they are made."""
-        return partial(self._mask, gradients, self.step)
+        if self._kept is not None:
+            self._kept.check_layouts(layouts)
+        return settings | layouts
 
     @torch.no_grad()
     def _mask(self, gradients: StepGradients, step: int) -> None:
@@ -175,19 +231,39 @@ class GradientMasker:
         self._scorers.ask(masked)
         shards = self._shards_together(masked, gradients)
         statistics = Statistics(by_tensor=self.config.log_modules)
-        self._mask_whole([s for s in shards if self._scorers.keeps(s) is not None], statistics)
-        competing = [s for s in shards if self._scorers.keeps(s) is None]
-        for dtype, batch in self._batches(competing, gradients, step):
-            rows = Rows([group for group, _ in batch])
-            of_batch = [shard for group, _ in batch for shard in group]
-            scores = [of_shard for _, of_group in batch for of_shard in of_group]
-            thresholds = find_thresholds(scores, rows, self.config.mask_ratio, dtype)
-            _apply(of_batch, scores, rows.of_shard, dtype, thresholds, statistics)
+        if step < self.config.warmup_steps:
+            self._mask_whole(shards, statistics, keeps=True)
+        else:
+            for keeps in (True, False):
+                whole = [s for s in shards if self._scorers.keeps(s) is keeps]
+                self._mask_whole(whole, statistics, keeps)
+            competing = [s for s in shards if self._scorers.keeps(s) is None]
+            self._mask_competing(competing, gradients, step, statistics)
         if self._statistics is None:  # Later, when something is read from the device anyway.
             self._scorers.check()
         statistics.sum_over_ranks()
         self._statistics = statistics
         self.step = step + 1  # However often a closure lets the step mask.
+
+    def _mask_competing(
+        self, shards: Sequence[Shard], gradients: StepGradients, step: int, statistics: Statistics
+    ) -> None:
+        """Mask by the masks that stay, and by new ones where there are none."""
+        kept = self._kept
+        if kept is not None:
+            kept.begin_step(step)
+            known = [shard for shard in shards if kept.has(shard)]
+            shards = [shard for shard in shards if not kept.has(shard)]
+            scores: Sequence[Scores] = [kept.scores(shard) for shard in known]
+            _apply_one(known, scores, KEPT, torch.float32, statistics)
+        for dtype, batch in self._batches(shards, gradients, step):
+            rows = Rows([group for group, _ in batch])
+            of_batch = [shard for group, _ in batch for shard in group]
+            scores = [of_shard for _, of_group in batch for of_shard in of_group]
+            thresholds = find_thresholds(scores, rows, self.config.mask_ratio, dtype)
+            if kept is not None:
+                kept.keep(of_batch, scores, rows.of_shard, dtype, thresholds)
+            _apply(of_batch, scores, rows.of_shard, dtype, thresholds, statistics)
 
     def _shards_together(
         self, masked: Sequence[tuple[str, Tensor]], gradients: StepGradients
@@ -198,12 +274,18 @@ class GradientMasker:
         """
         if gradients in self._agreed and any(not parameter.is_cpu for _, parameter in masked):
             return self._shards(masked, gradients)
-        shards, failure = [], None
+        shards, facts, failure = [], {}, None
         try:
             shards = self._shards(masked, gradients)
+            if self._kept is not None:  # Else a rank may lack a gradient that others have.
+                facts = {
+                    f"the gradient of {shard.name}": "absent" if shard.is_absent else "present"
+                    for shard in shards
+                    if shard.ranks
+                }
         except Exception as error:  # Whatever it is, the others must not wait for this rank.
             failure = error
-        agree(gradients.groups(), {}, failure)
+        agree(gradients.groups(), facts, failure)
         self._agreed.add(gradients)
         return shards
 
@@ -225,17 +307,15 @@ class GradientMasker:
                     raise
         return shards
 
-    def _mask_whole(self, shards: Sequence[Shard], statistics: Statistics) -> None:
+    def _mask_whole(self, shards: Sequence[Shard], statistics: Statistics, keeps: bool) -> None:
         """Keep or drop whole gradients; NaN and infinity survive here too."""
-        alike: dict[tuple[torch.dtype, torch.device, int], list[Shard]] = defaultdict(list)
+        alike: dict[torch.dtype, list[Shard]] = defaultdict(list)
         for shard in shards:
-            dtype = shard.entries.dtype
-            threshold = 0 if self._scorers.keeps(shard) else infinity_pattern(dtype)
-            alike[dtype, shard.entries.device, threshold].append(shard)
-        for (dtype, device, threshold), group in alike.items():
-            thresholds = torch.full((1,), threshold, dtype=torch.int64, device=device)
+            alike[shard.entries.dtype].append(shard)
+        for dtype, group in alike.items():
+            threshold = 0 if keeps else infinity_pattern(dtype)
             scores = [Magnitudes(shard.entries) for shard in group]
-            _apply(group, scores, [0] * len(group), dtype, thresholds, statistics)
+            _apply_one(group, scores, threshold, dtype, statistics)
 
     def _batches(
         self, shards: Sequence[Shard], gradients: StepGradients, step: int
@@ -265,6 +345,50 @@ class GradientMasker:
                     batch = []
             if batch:
                 yield dtype, batch
+
+
+class _Step:
+    """One step of an optimizer, see :class:`~axolotl_gmt.gradients.shard.Step`."""
+
+    def __init__(self, masker: GradientMasker, gradients: StepGradients) -> None:
+        self._masker = masker
+        self._gradients = gradients
+        self._step = masker.step
+        self._held: HeldWeights | None = None
+        if masker.holds and self._step >= masker.config.warmup_steps:
+            masked = masker._selection.masked(gradients)
+            self._held = HeldWeights(gradients, {tensor: name for name, tensor in masked})
+
+    def mask(self) -> None:
+        self._masker._mask(self._gradients, self._step)
+        if self._held is not None:
+            self._held.choose()
+
+    def hold(self, parameters: Iterable[Tensor]) -> None:
+        if self._held is not None:
+            self._held.copy(parameters)
+
+    def release(self) -> None:
+        if self._held is not None:
+            self._held.put_back()
+
+
+def _apply_one(
+    shards: Sequence[Shard],
+    scores: Sequence[Scores],
+    threshold: int,
+    dtype: torch.dtype,
+    statistics: Statistics,
+) -> None:
+    """:func:`_apply` with one known threshold."""
+    by_device: dict[torch.device, list[int]] = defaultdict(list)
+    for index, shard in enumerate(shards):
+        by_device[shard.entries.device].append(index)
+    for device, indices in by_device.items():
+        thresholds = torch.full((1,), threshold, dtype=torch.int64, device=device)
+        some = [shards[index] for index in indices]
+        of_some = [scores[index] for index in indices]
+        _apply(some, of_some, [0] * len(some), dtype, thresholds, statistics)
 
 
 def _apply(

@@ -20,6 +20,7 @@ from axolotl_gmt.kernels import eager
 from axolotl_gmt.kernels.contract import Batch
 from axolotl_gmt.kernels.dtypes import FORMATS, Digit, magnitude_patterns
 from axolotl_gmt.kernels.scores import (
+    Bits,
     Hashes,
     Inverses,
     Magnitudes,
@@ -187,6 +188,10 @@ def _score_by_torch(score: Scores) -> Tensor:
         case Hashes(entries, key, first):
             positions = first + torch.arange(len(entries), device=entries.device)
             return uniform(positions, key).masked_fill(~entries.isfinite(), torch.inf)
+        case Bits(entries, bits):
+            flags = [bits[index // 8] >> (index % 8) & 1 for index in range(len(entries))]
+            ones = torch.tensor(flags, dtype=torch.float32, device=entries.device)
+            return ones.masked_fill(~entries.isfinite(), torch.inf)
         case _:
             raise TypeError(score)
 
@@ -211,6 +216,9 @@ def _scored(
             memory[offset::11] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])[index % 4]
             of_weights = Products if name == "product" else Quotients
             scores.append(of_weights(tensor, memory.to(tensor.device)[offset:]))
+        elif name == "bit":
+            bits = torch.randint(256, (-(-len(tensor) // 8),), generator=generator)
+            scores.append(Bits(tensor, bits.to(tensor.device, torch.uint8)))
         else:
             key = int(torch.randint(-(2**63), 2**63 - 1, (), generator=generator))
             scores.append(Hashes(tensor, key, (1 << 40) * (index % 3) + 7 * index))
@@ -382,9 +390,9 @@ def check_all(device: str, name: str) -> None:
     for layout in LAYOUTS:
         check_triton(device, name, layout)
     check_window(device, name)
-    for score in ("magnitude", "inverse", "hash"):
+    for score in ("magnitude", "inverse", "hash", "bit"):
         check_boundaries(device, score, name)
-    for score in ("inverse", "hash"):
+    for score in ("inverse", "hash", "bit"):
         check_made_scores(device, score, name, name, 0)
     for score, weight, apart in itertools.product(("product", "quotient"), DTYPES, (0, 1)):
         check_boundaries(device, score, name, weight, apart)

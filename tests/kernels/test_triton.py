@@ -47,6 +47,7 @@ def test_triton_kernels_agree_with_torch(interpreter: Executor, dtype: str, layo
         *(("magnitude", dtype) for dtype in DTYPES),
         *(("inverse", dtype) for dtype in DTYPES),
         ("hash", "bf16"),
+        ("bit", "bf16"),
     ],
 )
 def test_triton_kernels_take_every_entry_once_wherever_a_tensor_lies_and_ends(
@@ -88,9 +89,9 @@ def test_products_and_quotients_that_triton_kernels_make_are_those_of_torch(
     interpreter.submit(kernel_checks.check_made_scores, "cpu", score, entry, weight, apart).result()
 
 
-@pytest.mark.parametrize("score", ["inverse", "hash"])
+@pytest.mark.parametrize("score", ["inverse", "hash", "bit"])
 @pytest.mark.parametrize("entry", DTYPES)
-def test_inverses_and_hashes_that_triton_kernels_make_are_those_of_torch(
+def test_inverses_hashes_and_bits_that_triton_kernels_make_are_those_of_torch(
     interpreter: Executor, entry: str, score: str
 ) -> None:
     interpreter.submit(kernel_checks.check_made_scores, "cpu", score, entry, entry, 0).result()

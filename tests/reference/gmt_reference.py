@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -140,3 +141,64 @@ def _hashes(drawn_by: str, shape: torch.Size) -> Tensor:
         x = x ^ (x >> 31)
         scores.append((x >> 40) / 2**24)
     return torch.tensor(scores, dtype=torch.float32).view(shape)
+
+
+class SparseTraining:
+    """Masks that stay and weights that hold still, on whole tensors.
+
+    Args:
+        weights: By name; copied.
+        groups: The names that compete for one threshold.
+        optimizer: Makes the optimizer of a list of parameters.
+        mask_ratio, mask_interval, warmup_steps, hold: See :class:`~axolotl_gmt.GMTConfig`.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        groups: list[list[str]],
+        optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+        mask_ratio: float,
+        mask_interval: int | str,
+        warmup_steps: int,
+        hold: bool,
+    ) -> None:
+        self.weights = {name: torch.nn.Parameter(w.clone()) for name, w in weights.items()}
+        self.groups = groups
+        self.optimizer = optimizer(list(self.weights.values()))
+        self.mask_ratio = mask_ratio
+        self.mask_interval = mask_interval
+        self.warmup_steps = warmup_steps
+        self.hold = hold
+        self.masks: dict[str, Tensor] = {}
+        self.steps = 0
+
+    def step(self, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Step with the gradients, those that there are, and return them masked."""
+        since = self.steps - self.warmup_steps
+        self.steps += 1
+        if since < 0:
+            masked = gradients
+        else:
+            if self.mask_interval != "once" and since % int(self.mask_interval) == 0:
+                self.masks = {}
+            for group in self.groups:
+                new = [name for name in group if name in gradients and name not in self.masks]
+                keeps = (
+                    keep_masks([gradients[name] for name in new], self.mask_ratio) if new else []
+                )
+                self.masks |= dict(zip(new, keeps, strict=True))
+            masked = {
+                name: torch.where(self.masks[name] | ~gradient.isfinite(), gradient, 0)
+                for name, gradient in gradients.items()
+            }
+        for name, weight in self.weights.items():
+            weight.grad = masked[name].to(weight.dtype) if name in masked else None
+        before = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.optimizer.step()
+        if self.hold and since >= 0 and self.mask_ratio > 0:
+            with torch.no_grad():
+                for name, gradient in masked.items():
+                    weight = self.weights[name]
+                    weight.copy_(torch.where(gradient == 0, before[name], weight))
+        return masked

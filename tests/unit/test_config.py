@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -21,6 +22,9 @@ def test_defaults() -> None:
         "include": None,
         "exclude": None,
         "seed": None,
+        "mask_interval": 1,
+        "warmup_steps": 0,
+        "hold": False,
         "log_modules": False,
     }
 
@@ -55,6 +59,13 @@ def test_a_ratio_that_yaml_reads_as_text_is_a_number() -> None:
         ({"include": "a{4294967295}"}, r"gmt_include: 'a\{4294967295\}' is not a valid"),
         ({"include": "a{99999999999999999999}"}, r"gmt_include: 'a\{9+\}' is not a valid"),
         ({"include": "(" * 9000 + ")" * 9000}, r"gmt_include: '\(+\.\.\.\)+' is not a valid"),
+        ({"mask_interval": 0}, r"gmt_mask_interval: 0 is neither a number of .*steps nor once"),
+        ({"mask_interval": "twice"}, r"gmt_mask_interval: 'twice' is neither"),
+        ({"mask_interval": True}, r"gmt_mask_interval: True is neither"),
+        ({"mask_interval": 2.5}, r"gmt_mask_interval: 2\.5 is neither"),
+        ({"warmup_steps": -1}, r"gmt_warmup_steps: -1 is not a number of optimizer steps"),
+        ({"warmup_steps": 0.1}, r"gmt_warmup_steps: 0\.1 is not a number of optimizer steps"),
+        ({"hold": "perhaps"}, r"gmt_hold: 'perhaps' is not valid"),
         ({"seed": "x"}, r"gmt_seed: 'x' is not valid"),
     ],
 )
@@ -75,8 +86,28 @@ def test_the_json_schema_says_what_is_allowed() -> None:
     properties = GMTConfig.model_json_schema()["properties"]
     ratio = properties["mask_ratio"]
     assert (ratio["minimum"], ratio["exclusiveMaximum"], ratio["type"]) == (0, 1, "number")
+    interval = {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "once", "type": "string"}]}
+    assert properties["mask_interval"].items() >= interval.items()
+    assert (properties["warmup_steps"]["minimum"], properties["hold"]["type"]) == (0, "boolean")
     assert properties["granularity"]["enum"] == ["tensor", "layer", "global"]
     assert properties["criterion"]["examples"] == list(BUILT_IN)
     for setting in ("include", "exclude"):
         kinds = [kind["type"] for kind in properties[setting]["anyOf"]]
         assert kinds == ["string", "array", "null"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, ""),
+        ({"mask_interval": 5}, ", a new mask every 5 steps"),
+        ({"mask_interval": "once"}, ", one mask for the whole run"),
+        (
+            {"warmup_steps": 7, "hold": True},
+            ", no mask in the first 7 steps, weights of masked entries held",
+        ),
+        ({"mask_ratio": 0, "warmup_steps": 7, "hold": True}, ""),
+    ],
+)
+def test_the_log_says_what_departs_from_the_paper(settings: Any, words: str) -> None:
+    assert GMTConfig(**settings).selection.partition("criterion gradient")[2] == words

@@ -62,6 +62,8 @@ class GMTPlugin(BasePlugin):
         if not cfg.get("gmt_enabled"):
             return []
         callback = GMTCallback(read_config(cfg))
+        if isinstance(cfg.get("resume_from_checkpoint"), str):
+            callback.resume_from = cfg["resume_from_checkpoint"]
         return [callback] if cfg.get("gmt_report") is False else [callback, GMTReportCallback()]
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:

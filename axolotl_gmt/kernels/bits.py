@@ -1,0 +1,51 @@
+"""Flags as bits, an eighth of a byte an entry. Knows flat tensors only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def pack(
+    flags: Callable[[int, int], Tensor], entries: int, chunk: int, device: torch.device
+) -> Tensor:
+    """One bit for each of so many flags, the first in the lowest bit of the first byte.
+
+    Args:
+        flags: ``flags(start, stop)`` gives a part of them: bool ``(stop - start,)`` on ``device``.
+        entries: How many there are.
+        chunk: How many to ask for at a time, a multiple of 8.
+        device: Where the bits are wanted.
+
+    Returns:
+        uint8 ``(ceil(entries / 8),)``; bits beyond the last flag are 0.
+    """
+    bits = torch.empty(-(-entries // 8), dtype=torch.uint8, device=device)
+    for start in range(0, entries, chunk):
+        part = flags(start, min(start + chunk, entries))
+        bits[start >> 3 : (start + chunk) >> 3] = _pack(part)
+    return bits
+
+
+def unpack(bits: Tensor, start: int, stop: int) -> Tensor:
+    """The flags from ``start``, a multiple of 8, to ``stop``: bool ``(stop - start,)``."""
+    part = bits[start >> 3 : (stop + 7) >> 3]
+    if part.is_cpu:
+        flags = np.unpackbits(part.numpy(), count=stop - start, bitorder="little")
+        return torch.from_numpy(flags).view(torch.bool)
+    return ((part[:, None] >> _shifts(part)) & 1).view(-1)[: stop - start].bool()
+
+
+def _pack(flags: Tensor) -> Tensor:
+    if flags.is_cpu:
+        return torch.from_numpy(np.packbits(flags.numpy(), bitorder="little"))
+    eights = pad(flags.view(torch.uint8), (0, -len(flags) % 8)).view(-1, 8)
+    return (eights << _shifts(flags)).sum(-1, dtype=torch.uint8)
+
+
+def _shifts(like: Tensor) -> Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=like.device)
