@@ -475,6 +475,8 @@ def count_launch(kind: Kind, digit: Digit, has_prefixes: bool) -> Launch:
         )
     assert digit == Digit(FORMATS[kind.dtype()].upper, 15)
     block = _BLOCK[kind.dtype()]
+    if kind.score == "quotient":  # A division branches, and what is live then must fit.
+        block //= 2
     constants = {
         "window": _WINDOW[kind.dtype()],
         "sample": min(_SAMPLE, block),
@@ -503,7 +505,8 @@ def supports(kind: KindOfScores) -> bool:
 
 def boundaries(itemsize: int) -> Iterator[tuple[int, int]]:
     """:func:`boundary_layouts` for the span of every kernel."""
-    for span in sorted({_LOWER.span, _MASK.span, *_BLOCK.values()}):
+    of_quotients = _BLOCK[torch.float32] // 2
+    for span in sorted({_LOWER.span, _MASK.span, *_BLOCK.values(), of_quotients}):
         yield from boundary_layouts(itemsize, span)
 
 
