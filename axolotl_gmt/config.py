@@ -168,8 +168,7 @@ class GMTConfig(BaseModel):
     seed: int | None = Field(
         default=None,
         description="Seed for criteria that draw at random (`random`, `fixed_random`, "
-        "`half`). "
-        "Unset: the run's seed.",
+        "`half`). Unset: the run's seed.",
     )
     mask_interval: MaskInterval = Field(
         default=1,
@@ -188,7 +187,7 @@ class GMTConfig(BaseModel):
     log_modules: bool = Field(
         default=False,
         description="Whether the statistics of each module join the training log: "
-        "`gmt/kept_fraction/MODULE` and `gmt/grad_norm_kept/MODULE`.",
+        "`gmt/kept_fraction/MODULE`, `gmt/grad_norm_kept/MODULE` and `gmt/l1_kept/MODULE`.",
     )
 
     @property

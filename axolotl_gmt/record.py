@@ -27,7 +27,8 @@ RECORD = "GMTCallback"
 
 KEPT_FRACTION = "gmt/kept_fraction"
 GRAD_NORM_KEPT = "gmt/grad_norm_kept"
-STATISTICS = (KEPT_FRACTION, GRAD_NORM_KEPT)
+L1_KEPT = "gmt/l1_kept"
+STATISTICS = (KEPT_FRACTION, GRAD_NORM_KEPT, L1_KEPT)
 """Keys in a log; with ``/MODULE`` behind them, those of one module."""
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]

@@ -10,7 +10,7 @@ from measuring import Row, arguments, in_turns, median_ms, save, show
 from torch import Tensor
 
 from axolotl_gmt.kernels import eager, numba_cpu
-from axolotl_gmt.kernels.contract import Batch
+from axolotl_gmt.kernels.contract import TOTALS, Batch
 from axolotl_gmt.kernels.dtypes import Digit
 from axolotl_gmt.kernels.scores import Magnitudes
 
@@ -27,14 +27,22 @@ def compiled_count(entries: Tensor, counts: Tensor) -> Tensor:
 
 
 @torch.compile
-def compiled_mask(entries: Tensor, threshold: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def compiled_mask(entries: Tensor, threshold: int) -> tuple[Tensor, ...]:
     """What Inductor makes of the mask and its statistics."""
     magnitudes = entries.view(torch.int16).int() & 0x7FFF
     keep = magnitudes >= threshold
-    squares = entries.float().square()
-    kept = (keep & (magnitudes > 0)).sum()
-    after = torch.where(keep, squares, 0).sum(dtype=torch.float64)
-    return torch.where(keep, entries, 0), kept, squares.sum(dtype=torch.float64), after
+    values = entries.float()
+    values_after = torch.where(keep, values, 0)
+    sums = [
+        part.sum(dtype=torch.float64)
+        for part in (
+            values.square(),
+            values_after.square(),
+            values.abs(),
+            values_after.abs(),
+        )
+    ]
+    return torch.where(keep, entries, 0), (keep & (magnitudes > 0)).sum(), *sums
 
 
 def measure(runs: int) -> list[Row]:
@@ -43,7 +51,7 @@ def measure(runs: int) -> list[Row]:
     entries = (torch.randn(ENTRIES) * 1e-3).bfloat16()
     original = entries.clone()
     counts = torch.zeros(1, 1 << 15, dtype=torch.int32)
-    totals = torch.zeros(1, 4, dtype=torch.float64)
+    totals = torch.zeros(1, TOTALS, dtype=torch.float64)
     threshold = torch.tensor([THRESHOLD])
     one = Batch([Magnitudes(entries)], [0], torch.bfloat16)
     ways = {

@@ -33,8 +33,8 @@ class GMTCallback(TrainerCallback):
     """Trains with Gradient-Mask Tuning: ``Trainer(..., callbacks=[GMTCallback(mask_ratio=0.5)])``.
 
     Works in ``Trainer`` and what derives from it, such as TRL's ``SFTTrainer`` and ``DPOTrainer``,
-    with the optimizer that the trainer has. ``gmt/kept_fraction`` and ``gmt/grad_norm_kept`` of
-    the last step join each training log.
+    with the optimizer that the trainer has. ``gmt/kept_fraction``, ``gmt/grad_norm_kept`` and
+    ``gmt/l1_kept`` of the last step join each training log.
 
     Args:
         config: All settings at once.

@@ -15,6 +15,9 @@ from torch import Tensor
 from axolotl_gmt.kernels.dtypes import Digit
 from axolotl_gmt.kernels.scores import Kind, Scores
 
+TOTALS = 6
+"""How many numbers a mask says of a tensor."""
+
 
 class Batch(NamedTuple):
     """Scores that a pass takes together, all on one device.
@@ -68,8 +71,9 @@ class Backend(Protocol):
         Args:
             batch: Whose entries are masked.
             thresholds: int64 ``(rows,)``, patterns.
-            totals: float64 ``(tensors, 4)``, added to in place: for each tensor its entries, those
-                that are non-zero afterwards, the sum of squares before, and afterwards.
+            totals: float64 ``(tensors, TOTALS)``, added to in place: for each tensor its entries,
+                those that are non-zero afterwards, the sum of squares before, and afterwards, the
+                sum of magnitudes before, and afterwards.
         """
 
 

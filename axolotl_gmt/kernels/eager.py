@@ -70,7 +70,16 @@ def mask_below_(batch: Batch, thresholds: Tensor, totals: Tensor) -> None:
     for (scores, row), total in zip(batch.pairs(), totals, strict=True):
         total[0] += scores.entries.numel()
         for entries, patterns in _chunks(scores, batch.dtype):
-            before = torch.linalg.vector_norm(entries, dtype=torch.float64)
+            before = _norms(entries)
             entries.masked_fill_(patterns < thresholds[row], 0)
-            after = torch.linalg.vector_norm(entries, dtype=torch.float64)
-            total[1:] += torch.stack([entries.count_nonzero(), before.square(), after.square()])
+            total[1] += entries.count_nonzero()
+            (squares, magnitudes), (squares_after, magnitudes_after) = before, _norms(entries)
+            total[2:] += torch.stack([squares, squares_after, magnitudes, magnitudes_after])
+
+
+def _norms(entries: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of squares and that of magnitudes, in float64."""
+    square, magnitudes = (
+        torch.linalg.vector_norm(entries, order, dtype=torch.float64) for order in (2, 1)
+    )
+    return square.square(), magnitudes

@@ -233,20 +233,38 @@ def _score(
                     into[index] = _INFINITY
 
 
+_Sums = tuple[float, float, float, float]
+
+
 @_inner
-def _sum_of_squares(patterns: Patterns, shift: Any, last: Any) -> float:
-    """In float64; ``shift`` is how much wider than the entries' mantissa that of float32 is."""
-    total = 0.0
-    if shift == 13:
-        for index in range(patterns.size):
+def _add(some: _Sums, more: _Sums) -> _Sums:
+    return some[0] + more[0], some[1] + more[1], some[2] + more[2], some[3] + more[3]
+
+
+@_inner
+def _sums(
+    patterns: Patterns, shift: Any, last: Any, scores: Patterns, last_score: Any, threshold: Any
+) -> _Sums:
+    """Of squares before and after masking a block, and of magnitudes, in float64.
+
+    ``shift`` is how much wider than the entries' mantissa that of float32 is. All four come from
+    one loop: the work is in making numbers of the patterns, and less in adding these.
+    """
+    narrow = scores.dtype.type
+    squares = squares_after = 0.0
+    magnitudes = magnitudes_after = 0.0
+    for index in range(patterns.size):
+        if shift == 13:
             value = np.float64(_from_float16(patterns[index] & last))
-            total += value * value
-    else:
-        for index in range(patterns.size):
+        else:
             bits = np.uint32(np.uint32(patterns[index] & last) << shift)
             value = np.float64(bits.view(np.float32))
-            total += value * value
-    return total
+        left = value if narrow(scores[index] & last_score) >= threshold else 0.0
+        squares += value * value
+        squares_after += left * left
+        magnitudes += value
+        magnitudes_after += left
+    return squares, squares_after, magnitudes, magnitudes_after
 
 
 @_inner
@@ -340,47 +358,43 @@ def _copy_scores(
 @_Pass
 def _mask_magnitudes(
     patterns: Patterns, shift: Any, last: Any, threshold: Any
-) -> tuple[int, float, float]:
-    """Zero what is below ``threshold``; the non-zero kept, sums of squares before, after.
+) -> tuple[int, _Sums]:
+    """Zero what is below ``threshold``; how many non-zero entries are kept, and :func:`_sums`.
 
-    One short loop for each of these over a block that stays in the fastest cache: LLVM vectorises
-    them better than one loop that does it all. Products stand in the place of branches; a product
-    with False is 0 for every entry that is masked: NaN and infinity never are.
+    Short loops over a block that stays in the fastest cache: LLVM vectorises them better than one
+    loop that does it all. Products stand in the place of branches; a product with False is 0 for
+    every entry that is masked: NaN and infinity never are.
     """
     narrow = patterns.dtype.type
     kept = 0
-    before = 0.0
-    after = 0.0
+    sums = 0.0, 0.0, 0.0, 0.0
     for start in range(0, patterns.size, _BLOCK):
         run = patterns[start : start + _BLOCK]
-        before += _sum_of_squares(run, shift, last)
+        sums = _add(sums, _sums(run, shift, last, run, last, threshold))
         for index in range(run.size):
             run[index] = narrow(run[index] * (narrow(run[index] & last) >= threshold))
-        after += _sum_of_squares(run, shift, last)
         kept += _count_non_zero(run, last)
-    return kept, before, after
+    return kept, sums
 
 
 @_Pass
 def _mask_scores(
     entries: Patterns, weights: Patterns, source: _Source, shift: Any, last: Any, threshold: Any
-) -> tuple[int, float, float]:
+) -> tuple[int, _Sums]:
     """:func:`_mask_magnitudes` of scores."""
     narrow = entries.dtype.type
     block = np.empty(_SCORED, np.uint32)
     kept = 0
-    before = 0.0
-    after = 0.0
+    sums = 0.0, 0.0, 0.0, 0.0
     for start in range(0, entries.size, _SCORED):
         run = entries[start : start + _SCORED]
         scores = block[: run.size]
         _score(entries, weights, source, start, scores)
-        before += _sum_of_squares(run, shift, last)
+        sums = _add(sums, _sums(run, shift, last, scores, np.uint32(0x7FFFFFFF), threshold))
         for index in range(run.size):
             run[index] = narrow(run[index] * (scores[index] >= threshold))
-        after += _sum_of_squares(run, shift, last)
         kept += _count_non_zero(run, last)
-    return kept, before, after
+    return kept, sums
 
 
 # What scores are made of: what they are; the shift of an entry and of a weight; an entry's bits but
@@ -650,7 +664,7 @@ def mask_below_(batch: Batch, thresholds: Tensor, totals: Tensor) -> None:
     of_rows = _scalars(batch.dtype, thresholds)
     of_entries = np.uint32(entry.widening), entry.unsigned(entry.last)
     mask_pass = _mask_scores if _makes_scores(batch) else _mask_magnitudes
-    results: list[list[tuple[int, float, float]]] = [[] for _ in shares]
+    results: list[list[tuple[int, _Sums]]] = [[] for _ in shares]
 
     def mask(index: int) -> None:
         for piece in shares[index]:
@@ -659,5 +673,5 @@ def mask_below_(batch: Batch, thresholds: Tensor, totals: Tensor) -> None:
     _in_threads(mask, len(shares))
     table: NDArray[np.float64] = totals.numpy()
     for share, of_share in zip(shares, results, strict=True):  # In order: the same sums each time.
-        for piece, result in zip(share, of_share, strict=True):
-            table[piece.tensor] += (piece.patterns.size, *result)
+        for piece, (kept, sums) in zip(share, of_share, strict=True):
+            table[piece.tensor] += (piece.patterns.size, kept, *sums)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from axolotl_gmt.kernels import eager
-from axolotl_gmt.kernels.contract import Backend, Batch, CPUBackend
+from axolotl_gmt.kernels.contract import TOTALS, Backend, Batch, CPUBackend
 from axolotl_gmt.kernels.dtypes import FORMATS, Digit, digits
 from axolotl_gmt.kernels.scores import Bits, Hashes, Inverses, Kind, Magnitudes, Scores, Weighted
 
@@ -123,7 +123,7 @@ def _compare_copies(backend: CPUBackend, batch: Batch, low: Tensor, name: str) -
 
 def _compare_masks(backend: Backend, batch: Batch, thresholds: Tensor, name: str) -> None:
     clones = [replace(scores, entries=scores.entries.clone()) for scores in batch.scores]
-    totals = torch.zeros(len(clones), 4, dtype=torch.float64, device=thresholds.device)
+    totals = torch.zeros(len(clones), TOTALS, dtype=torch.float64, device=thresholds.device)
     expected = torch.zeros_like(totals)
     backend.mask_below_(batch, thresholds, totals)
     eager.mask_below_(batch._replace(scores=clones), thresholds, expected)

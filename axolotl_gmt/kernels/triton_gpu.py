@@ -1,9 +1,9 @@
 # mypy: disable-error-code="untyped-decorator, import-untyped, attr-defined"
 """The passes over memory of a GPU, as Triton kernels.
 
-Same results as those of :mod:`~.eager`; only sums of squares may differ in their last digits, for
-they are taken in float32 within a block of 2^12 entries and in float64 beyond. One launch takes
-all tensors of a call: a table of addresses, copied from pinned memory without waiting, tells each
+Same results as those of :mod:`~.eager`; only sums of squares and magnitudes may differ in their
+last digits, for up to 2^7 of them are added in float32, and these in float64. One launch takes all
+tensors of a call: a table of addresses, copied from pinned memory without waiting, tells each
 program which entries are its own. No value comes back to the host. Positions have 64 bits.
 
 Scores are made where they are needed, while counting and again while masking, and never stored:
@@ -29,8 +29,8 @@ instructions from the machine code):
 - A lower digit costs one more read. About one entry in 300 matches the upper digit. Values of 0
   are summed in registers there: exact zeros, and all entries of a gradient that once was bf16,
   would otherwise meet in one bin.
-- A hash takes more instructions than a 16-bit entry takes time to arrive, and so does a quotient
-  that is rounded as IEEE 754 says.
+- A hash takes more instructions than a 16-bit entry takes time to arrive. A quotient that is
+  rounded as IEEE 754 says takes as many as two such numbers do.
 
 Older versions of Triton, and all for AMD, make ``tl.histogram`` of votes, at a cost that grows with
 the bins; there every entry is added to global memory. That bounds counting, not the bandwidth.
@@ -362,19 +362,33 @@ def _count_lower(
 
 
 @triton.jit
+def _sums(values: tl.tensor, entry: tl.constexpr) -> tl.tensor:
+    """Sums of the neighbours that a thread reads together, so that no threads exchange any."""
+    vector: tl.constexpr = 128 // entry.primitive_bitwidth
+    return tl.sum(tl.reshape(values, [values.shape[0] // vector, vector]), axis=1)
+
+
+@triton.jit
 def _masked(
     patterns: tl.tensor, source: tl.tensor, lanes: tl.tensor, there: tl.tensor,
     threshold: tl.tensor, entry: tl.constexpr, last: tl.constexpr, infinity: tl.constexpr,
     score: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """A block after masking; its non-zero entries then, and sums of squares before and then."""
+    """A block after masking; of each vector the non-zero entries then, and its sums.
+
+    These are of squares before and after masking, and of magnitudes before and after.
+    """
     magnitudes = patterns.to(tl.int32) & last
     keep = _score(magnitudes, source, lanes, there, entry, infinity, score) >= threshold
     values = _value(magnitudes, entry)
-    squares = values * values
-    kept = tl.sum((keep & (magnitudes > 0)).to(tl.int32))
-    after = tl.sum(tl.where(keep, squares, 0.0))
-    return tl.where(keep, patterns, 0).to(patterns.dtype), kept, tl.sum(squares), after
+    values_after = tl.where(keep, values, 0.0)
+    kept = _sums((keep & (magnitudes > 0)).to(tl.int32), entry)
+    squares, squares_after = (
+        _sums(values * values, entry),
+        _sums(values_after * values_after, entry),
+    )
+    result = tl.where(keep, patterns, 0).to(patterns.dtype)
+    return result, kept, squares, squares_after, _sums(values, entry), _sums(values_after, entry)
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -389,32 +403,39 @@ def _mask_below(
         table, tensors, entry, weight, score, aligned, alignment, span, True
     )
     threshold = tl.load(thresholds + tl.load(table + _ROW * tensors + tensor)).to(tl.int32)
-    kept = 0
-    before = tl.zeros([], dtype=tl.float64)
-    after = tl.zeros([], dtype=tl.float64)
+    vectors: tl.constexpr = block * entry.primitive_bitwidth // 128
+    kept = tl.zeros([vectors], dtype=tl.int32)
+    squares = tl.zeros([vectors], dtype=tl.float32)
+    squares_after = tl.zeros([vectors], dtype=tl.float32)
+    values = tl.zeros([vectors], dtype=tl.float32)
+    values_after = tl.zeros([vectors], dtype=tl.float32)
     for position in range(0, end, block):
         lanes = position + tl.arange(0, block)
         if (position >= first) & (position + block <= end):
             patterns = tl.load(pointer + lanes)
-            result, kept_here, before_here, after_here = _masked(
+            result, kept_here, squares_here, squares_left, values_here, values_left = _masked(
                 patterns, source, lanes, None, threshold, entry, last, infinity, score
             )
             tl.store(pointer + lanes, result)
         else:
             there = (lanes >= first) & (lanes < end)
             patterns = tl.load(pointer + lanes, mask=there, other=0)
-            result, kept_here, before_here, after_here = _masked(
+            result, kept_here, squares_here, squares_left, values_here, values_left = _masked(
                 patterns, source, lanes, there, threshold, entry, last, infinity, score
             )
             tl.store(pointer + lanes, result, mask=there)
         kept += kept_here
-        before += before_here.to(tl.float64)
-        after += after_here.to(tl.float64)
-    totals += 4 * tensor
+        squares += squares_here
+        squares_after += squares_left
+        values += values_here
+        values_after += values_left
+    totals += 6 * tensor
     tl.atomic_add(totals, (end - first).to(tl.float64), sem="relaxed")
-    tl.atomic_add(totals + 1, kept.to(tl.float64), sem="relaxed")
-    tl.atomic_add(totals + 2, before, sem="relaxed")
-    tl.atomic_add(totals + 3, after, sem="relaxed")
+    tl.atomic_add(totals + 1, tl.sum(kept).to(tl.float64), sem="relaxed")
+    tl.atomic_add(totals + 2, tl.sum(squares.to(tl.float64)), sem="relaxed")
+    tl.atomic_add(totals + 3, tl.sum(squares_after.to(tl.float64)), sem="relaxed")
+    tl.atomic_add(totals + 4, tl.sum(values.to(tl.float64)), sem="relaxed")
+    tl.atomic_add(totals + 5, tl.sum(values_after.to(tl.float64)), sem="relaxed")
 
 
 class Kind(NamedTuple):
@@ -483,6 +504,8 @@ def count_launch(kind: Kind, digit: Digit, has_prefixes: bool) -> Launch:
         )
     assert digit == Digit(FORMATS[kind.dtype()].upper, 15)
     block = _BLOCK[kind.dtype()]
+    if kind.score == "quotient":  # A division branches, and what is live then must fit.
+        block //= 2
     constants = {
         "window": _WINDOW[kind.dtype()],
         "sample": min(_SAMPLE, block),
@@ -512,7 +535,8 @@ def supports(kind: KindOfScores) -> bool:
 
 def boundaries(itemsize: int) -> Iterator[tuple[int, int]]:
     """:func:`boundary_layouts` for the span of every kernel."""
-    for span in sorted({_LOWER.span, _MASK.span, *_BLOCK.values()}):
+    of_quotients = _BLOCK[torch.float32] // 2
+    for span in sorted({_LOWER.span, _MASK.span, *_BLOCK.values(), of_quotients}):
         yield from boundary_layouts(itemsize, span)
 
 

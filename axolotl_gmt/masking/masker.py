@@ -20,7 +20,7 @@ from axolotl_gmt.config import GMTConfig, Granularity
 from axolotl_gmt.gradients.agreement import agree
 from axolotl_gmt.gradients.of_optimizer import step_gradients
 from axolotl_gmt.gradients.shard import Shard, StepGradients, plain_name, shape
-from axolotl_gmt.kernels.contract import Batch
+from axolotl_gmt.kernels.contract import TOTALS, Batch
 from axolotl_gmt.kernels.dispatch import mask_below_
 from axolotl_gmt.kernels.scores import Given, Magnitudes, Scores
 from axolotl_gmt.masking.hold import HeldWeights, bytes_copied, check_can_hold
@@ -138,6 +138,7 @@ class GradientMasker:
             ``kept_fraction``: non-zero entries that survived over all entries subject to masking.
             ``grad_norm_kept``: norm of the masked gradient over norm of the gradient, 1 if both
             are 0.
+            ``l1_kept``: the same of their L1 norms, the sums of the magnitudes.
         """
         self._scorers.check()
         return self._statistics.overall() if self._statistics else {}
@@ -402,6 +403,6 @@ def _apply(
     """Mask ``shards`` by thresholds of their rows, and add what it kept to ``statistics``."""
     for key in dict.fromkeys((shard.entries.device, shard.ranks) for shard in shards):
         alike = [i for i, s in enumerate(shards) if (s.entries.device, s.ranks) == key]
-        totals = torch.zeros(len(alike), 4, dtype=torch.float64, device=key[0])
+        totals = torch.zeros(len(alike), TOTALS, dtype=torch.float64, device=key[0])
         mask_below_(Batch(scores, rows, dtype).pick(alike), thresholds, totals)
         statistics.add([shards[i] for i in alike], totals)

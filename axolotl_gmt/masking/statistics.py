@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from axolotl_gmt.gradients.shard import Ranks, Shard, sum_over_ranks
+from axolotl_gmt.kernels.contract import TOTALS
 from axolotl_gmt.names import module_name
 
 
@@ -32,7 +33,8 @@ class Statistics:
 
         Args:
             shards: The shards that were masked.
-            totals: float64 ``(shards, 4)``, see :func:`~axolotl_gmt.kernels.dispatch.mask_below_`.
+            totals: float64 ``(shards, TOTALS)``, see
+                :meth:`~axolotl_gmt.kernels.contract.Backend.mask_below_`.
         """
         if not self._by_tensor:
             totals = totals.sum(0, keepdim=True)
@@ -50,8 +52,8 @@ class Statistics:
         self._local.clear()
 
     def overall(self) -> dict[str, float]:
-        """``kept_fraction`` and ``grad_norm_kept`` of all tensors; empty if there were none."""
-        total = torch.zeros(4, dtype=torch.float64)
+        """The statistics of all tensors; empty if there were none."""
+        total = torch.zeros(TOTALS, dtype=torch.float64)
         for _, part in self._totals:
             total += part.cpu().sum(0)
         return _statistics(total)
@@ -62,7 +64,7 @@ class Statistics:
         Args:
             names: Names of all parameters, in the order in which their modules are wanted.
         """
-        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros(4, dtype=torch.float64))
+        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros(TOTALS, dtype=torch.float64))
         for tensors, part in self._totals:
             for name, total in zip(tensors, part.cpu(), strict=True):
                 totals[module_name(name)] += total
@@ -72,10 +74,11 @@ class Statistics:
 
 
 def _statistics(total: Tensor) -> dict[str, float]:
-    entries, kept, before, after = total.tolist()
+    entries, kept, squares, squares_kept, magnitudes, magnitudes_kept = total.tolist()
     if entries == 0:
         return {}
     return {
         "kept_fraction": kept / entries,
-        "grad_norm_kept": 1.0 if before == 0 else math.sqrt(after / before),
+        "grad_norm_kept": 1.0 if squares == 0 else math.sqrt(squares_kept / squares),
+        "l1_kept": 1.0 if magnitudes == 0 else magnitudes_kept / magnitudes,
     }

@@ -23,7 +23,14 @@ from numpy.typing import NDArray
 from axolotl_gmt.config import GMTConfig
 from axolotl_gmt.errors import UserError
 from axolotl_gmt.names import kind_name, place
-from axolotl_gmt.record import GRAD_NORM_KEPT, KEPT_FRACTION, STATE_FILE, STATISTICS, RunState
+from axolotl_gmt.record import (
+    GRAD_NORM_KEPT,
+    KEPT_FRACTION,
+    L1_KEPT,
+    STATE_FILE,
+    STATISTICS,
+    RunState,
+)
 from axolotl_gmt.report.modules import module_type, stack_labels
 
 CURVES = ("loss", "eval_loss", "learning_rate", *STATISTICS)
@@ -194,6 +201,7 @@ class TrainingLog:
             "final_eval_loss": self.last("eval_loss"),
             "mean_kept_fraction": self.mean(KEPT_FRACTION),
             "mean_grad_norm_kept": self.mean(GRAD_NORM_KEPT),
+            "mean_l1_kept": self.mean(L1_KEPT),
             "modules": {key: modules.means() for key, modules in self.modules.items()},
         }
 

@@ -19,13 +19,17 @@ from matplotlib.figure import Figure
 from axolotl_gmt import __version__
 from axolotl_gmt.errors import UserError
 from axolotl_gmt.files import whole
-from axolotl_gmt.record import GRAD_NORM_KEPT, KEPT_FRACTION, STATISTICS
+from axolotl_gmt.record import GRAD_NORM_KEPT, KEPT_FRACTION, L1_KEPT, STATISTICS
 from axolotl_gmt.report import figures
 from axolotl_gmt.report.log import Grid, TrainingLog
 
 PAGE = "index.html"
 _GENERATOR = "axolotl-gmt"
-_NAMES = {KEPT_FRACTION: "kept fraction", GRAD_NORM_KEPT: "gradient norm kept"}
+_NAMES = {
+    KEPT_FRACTION: "kept fraction",
+    GRAD_NORM_KEPT: "gradient norm kept",
+    L1_KEPT: "L1 norm kept",
+}
 _MOST_ROWS = 40
 _LONGEST_LABEL = 44
 _FLAT = 0.002  # Shares that differ by less than this have one colour.
@@ -94,6 +98,7 @@ def facts(log: TrainingLog) -> list[tuple[str, str]]:
         ("Final evaluation loss", "eval_loss", log.last, ".4g"),
         ("Kept fraction, mean", KEPT_FRACTION, log.mean, ".2%"),
         ("Gradient norm kept, mean", GRAD_NORM_KEPT, log.mean, ".2%"),
+        ("L1 norm kept, mean", L1_KEPT, log.mean, ".2%"),
     ):
         if key in log.curves:
             value = number(key)
@@ -119,16 +124,23 @@ def _charts(log: TrainingLog) -> Iterator[Picture]:
         "never count as kept; entries that equal the threshold all stay."
     )
     norm = "Norm of the masked gradient over the norm of the gradient."
-    target = random = None
+    l1_norm = (
+        "Sum of the masked gradient's magnitudes over the sum of the gradient's. Under Adam, whose "
+        "step is nearly as long for every entry, it says more than the norm, which squares."
+    )
+    target = random = l1_random = None
     if (ratio := log.mask_ratio) is not None:
         target = (f"1 - mask ratio = {1 - ratio:.4g}", 1 - ratio)
         random = (f"random mask: √(1 - {ratio:.4g})", math.sqrt(1 - ratio))
+        l1_random = (f"random mask: 1 - {ratio:.4g}", 1 - ratio)
         norm += (
             " Dashed: what a random mask of the same size leaves, in root mean square; the further "
             "above it, the more of the gradient lies in few entries."
         )
+        l1_norm += " Dashed: what a random mask of the same size leaves, in the mean."
     yield from _chart(log, "Kept fraction", {"kept": KEPT_FRACTION}, kept, target)
     yield from _chart(log, "Gradient norm kept", {"kept": GRAD_NORM_KEPT}, norm, random)
+    yield from _chart(log, "L1 norm kept", {"kept": L1_KEPT}, l1_norm, l1_random)
     rate = "Learning rate of the base optimizer at each logged step."
     yield from _chart(log, "Learning rate", {"learning rate": "learning_rate"}, rate)
 
@@ -176,7 +188,7 @@ def _chart(
         draw=partial(
             figures.line_chart,
             curves=curves,
-            label=title.lower(),
+            label=_NAMES.get(key, title.lower()),
             reference=reference,
             is_share=is_share,
             smooth=key != "learning_rate",

@@ -409,6 +409,7 @@ def test_statistics_reach_tensorboard(
     scalars = [event.value for event in accumulator.Scalars("train/gmt/kept_fraction")]
     assert scalars == pytest.approx(run.kept_fractions, abs=1e-6)
     assert len(accumulator.Scalars("train/gmt/grad_norm_kept")) == 3
+    assert len(accumulator.Scalars("train/gmt/l1_kept")) == 3
 
 
 def section_of(card: ModelCard) -> str:

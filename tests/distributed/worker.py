@@ -142,6 +142,9 @@ def check_steps(
         whole = torch.cat([g.flatten().double() for g in gradients.values()]).norm()
         part = torch.cat([g.flatten().double() for g in expected.values()]).norm()
         assert abs(statistics["grad_norm_kept"] - float(part / whole)) < 1e-6
+        whole = torch.cat([g.flatten().double() for g in gradients.values()]).norm(1)
+        part = torch.cat([g.flatten().double() for g in expected.values()]).norm(1)
+        assert abs(statistics["l1_kept"] - float(part / whole)) < 1e-6
 
 
 def every_setting(check: Callable[[float, Any], None]) -> None:

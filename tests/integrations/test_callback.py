@@ -66,7 +66,7 @@ def check(trainer: Trainer, spy: Spy, mask_ratio: float) -> None:
         kept = sum(int(masked([g], mask_ratio)[0].count_nonzero()) for g in gradients)
         total = sum(gradient.numel() for gradient in gradients)
         assert log["gmt/kept_fraction"] == pytest.approx(kept / total)
-        assert 0 < log["gmt/grad_norm_kept"] <= 1
+        assert 0 < log["gmt/l1_kept"] < log["gmt/grad_norm_kept"] <= 1
     history = [log for log in trainer.state.log_history if "loss" in log]
     assert [log["gmt/kept_fraction"] for log in history] == [
         log["gmt/kept_fraction"] for log in spy.logs if "loss" in log

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from axolotl_gmt.kernels import eager
-from axolotl_gmt.kernels.contract import Batch
+from axolotl_gmt.kernels.contract import TOTALS, Batch
 from axolotl_gmt.kernels.dtypes import FORMATS, Digit, magnitude_patterns
 from axolotl_gmt.kernels.scores import (
     Bits,
@@ -138,7 +138,7 @@ def check_masks(module: Any, device: str, name: str, layout: str, content: str) 
     thresholds = torch.stack([median, torch.zeros_like(median), magnitudes[1].clamp(max=infinity)])
     expected, got = memory.clone(), memory.clone()
     rows = [index * 5 % 3 for index in range(len(cut(memory)))]
-    totals = torch.zeros(len(rows), 4, dtype=torch.float64, device=device)
+    totals = torch.zeros(len(rows), TOTALS, dtype=torch.float64, device=device)
     wanted = totals.clone()
     for backend, of, into in ((eager, expected, wanted), (module, got, totals)):
         batch = Batch([Magnitudes(tensor) for tensor in cut(of)], rows, dtype)
@@ -263,12 +263,13 @@ def check_scores(
             wrong = difference.nonzero().flatten()[:5]
             assert not difference.any(), (digit, lie, wrong, difference[wrong])
     memory = [score.entries.clone() for score in scores]
-    totals = torch.zeros(len(scores), 4, dtype=torch.float64, device=device)
+    totals = torch.zeros(len(scores), TOTALS, dtype=torch.float64, device=device)
     expected_totals = totals.clone()
     for index, (score, pattern, row) in enumerate(zip(scores, patterns, rows, strict=True)):
         kept = score.entries.masked_fill(pattern < some[row], 0)
         total = [len(kept), kept.count_nonzero()]
         total += [of.double().square().sum() for of in (score.entries, kept)]
+        total += [of.double().abs().sum() for of in (score.entries, kept)]
         expected_totals[index] = torch.stack([torch.as_tensor(number).cpu() for number in total])
         memory[index] = kept
     module.mask_below_(

@@ -35,7 +35,7 @@ MOST_OF_THE_ISSUE_RATE = {
     "mask, magnitude fp32": 60,
     "count upper, product bf16 x bf16": 60,
     "mask, product bf16 x bf16": 60,
-    "mask, inverse bf16": 60,
+    "mask, inverse bf16": 70,
 }
 
 

@@ -24,7 +24,7 @@ from matplotlib.image import imread
 
 from axolotl_gmt.cli import gmt
 from axolotl_gmt.errors import UserError
-from axolotl_gmt.record import FOLDER, GRAD_NORM_KEPT, KEPT_FRACTION
+from axolotl_gmt.record import FOLDER, GRAD_NORM_KEPT, KEPT_FRACTION, L1_KEPT, STATISTICS
 from axolotl_gmt.report import page as report_module
 from axolotl_gmt.report.log import TrainingLog, find_state, parse_state
 from axolotl_gmt.report.page import PAGE, facts, write_report
@@ -47,11 +47,13 @@ def training_state(steps: int = 6, layers: int = 0, **changes: Any) -> dict[str,
             "learning_rate": 1e-4,
             KEPT_FRACTION: rng.uniform(0.3, 0.5),
             GRAD_NORM_KEPT: rng.uniform(0.9, 1),
+            L1_KEPT: rng.uniform(0.8, 0.9),
         }
         names = [f"model.layers.{layer}.{kind}" for layer in range(layers) for kind in KINDS]
         for name in [*names, "lm_head"] if layers else []:
             log[f"{KEPT_FRACTION}/{name}"] = rng.uniform(0.3, 0.5)
             log[f"{GRAD_NORM_KEPT}/{name}"] = rng.uniform(0.9, 1)
+            log[f"{L1_KEPT}/{name}"] = rng.uniform(0.8, 0.9)
         history += [log, {"step": step, "eval_loss": 3 / step}]
     record = {
         "args": {"mask_ratio": 0.5, "granularity": "tensor", "exclude": ["norm"], "include": None},
@@ -125,9 +127,11 @@ def test_the_numbers_are_those_of_the_log() -> None:
         "final_eval_loss": 3 / 6,
         "mean_kept_fraction": pytest.approx(fmean(kept)),
         "mean_grad_norm_kept": pytest.approx(log.curves[GRAD_NORM_KEPT].values.mean()),
+        "mean_l1_kept": pytest.approx(log.curves[L1_KEPT].values.mean()),
         "modules": {},
     }
     assert dict(facts(log))["Kept fraction, mean"] == f"{fmean(kept):.2%}"
+    assert dict(facts(log))["L1 norm kept, mean"] == f"{log.mean(L1_KEPT):.2%}"
 
 
 @pytest.mark.parametrize(
@@ -330,7 +334,7 @@ def report_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_pictures_are_pngs_and_are_named(report_folder: Path) -> None:
     names = {"loss", "learning_rate"}
-    for statistic in ("kept_fraction", "grad_norm_kept"):
+    for statistic in ("kept_fraction", "grad_norm_kept", "l1_kept"):
         names |= {statistic, f"{statistic}_by_step", f"{statistic}_by_layer"}
     assert {file.stem for file in report_folder.glob("*.png")} == names
     for file in report_folder.glob("*.png"):
@@ -347,8 +351,8 @@ def test_the_page_needs_nothing_but_itself(report_folder: Path) -> None:
     assert not {"script", "iframe", "object", "embed", "form", "base"} & page.tags.keys()
     assert "url(" not in page.text
     assert "@import" not in page.text
-    assert len(page.tags["img"]) == len(page.tags["source"]) == 8
-    assert len({image["alt"] for image in page.tags["img"]}) == 8
+    assert len(page.tags["img"]) == len(page.tags["source"]) == 11
+    assert len({image["alt"] for image in page.tags["img"]}) == 11
     assert all(len(image["alt"]) > 40 for image in page.tags["img"])
     assert page.tags["html"] == [{"lang": "en"}]
 
@@ -391,6 +395,8 @@ def test_a_map_of_one_colour_is_a_sentence_instead() -> None:
     assert [p.file for p in report_module.pictures(log) if "_by_" in p.file] == [
         "grad_norm_kept_by_step.png",
         "grad_norm_kept_by_layer.png",
+        "l1_kept_by_step.png",
+        "l1_kept_by_layer.png",
     ]
 
 
@@ -482,10 +488,10 @@ json_values = st.recursive(
     max_leaves=8,
 )
 numbers = st.floats(0, 1) | st.floats() | st.integers() | json_values
-log_keys = st.sampled_from(["loss", "eval_loss", "learning_rate", KEPT_FRACTION, GRAD_NORM_KEPT])
+log_keys = st.sampled_from(["loss", "eval_loss", "learning_rate", *STATISTICS])
 module_keys = st.builds(
     "{}/{}".format,
-    st.sampled_from([KEPT_FRACTION, GRAD_NORM_KEPT]),
+    st.sampled_from(STATISTICS),
     st.sampled_from(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "h.7.x", ""])
     | st.text(max_size=30),
 )

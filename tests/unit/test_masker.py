@@ -56,14 +56,16 @@ def test_statistics_are_those_of_the_last_step() -> None:
     masker = GradientMasker([("weight", weight)], GMTConfig(mask_ratio=0.5))
     assert masker.statistics() == {}
     masker.attach(optimizer)
-    for gradient, kept, norm in [
-        ([3.0, 0.0, -4.0, 0.0], 0.5, 1.0),
-        ([4.0, 1.0, -3.0, 1.0], 0.5, 5 / math.sqrt(27)),
-        ([0.0, 0.0, 0.0, 0.0], 0.0, 1.0),
+    for gradient, kept, norm, l1_norm in [
+        ([3.0, 0.0, -4.0, 0.0], 0.5, 1.0, 1.0),
+        ([4.0, 1.0, -3.0, 1.0], 0.5, 5 / math.sqrt(27), 7 / 9),
+        ([0.0, 0.0, 0.0, 0.0], 0.0, 1.0, 1.0),
     ]:
         weight.grad = torch.tensor(gradient)
         optimizer.step()
-        assert masker.statistics() == pytest.approx({"kept_fraction": kept, "grad_norm_kept": norm})
+        assert masker.statistics() == pytest.approx(
+            {"kept_fraction": kept, "grad_norm_kept": norm, "l1_kept": l1_norm}
+        )
 
 
 def test_a_broken_gradient_stays_visibly_broken() -> None:
@@ -77,6 +79,7 @@ def test_a_broken_gradient_stays_visibly_broken() -> None:
     assert weight[2].isinf()
     assert weight[0] == weight[3] == 0
     assert math.isnan(masker.statistics()["grad_norm_kept"])
+    assert math.isnan(masker.statistics()["l1_kept"])
 
 
 def test_removing_the_handle_ends_masking_and_allows_another() -> None:
@@ -173,6 +176,7 @@ def test_a_step_within_a_step_masks_once(with_closure: bool) -> None:
         statistics = masker.statistics()
         assert statistics["kept_fraction"] == float(expected.mean())
         assert statistics["grad_norm_kept"] == pytest.approx(float(expected.mean()) ** 0.5)
+        assert statistics["l1_kept"] == statistics["kept_fraction"]
 
 
 def test_a_step_that_fails_leaves_the_next_one_masked() -> None:
@@ -600,6 +604,8 @@ def test_module_statistics_are_those_of_each_module_and_add_up_to_the_whole() ->
         assert found[name]["kept_fraction"] == int(left.count_nonzero()) / left.numel()
         share = left.double().norm() / norms[name].double().norm()
         assert found[name]["grad_norm_kept"] == pytest.approx(float(share), rel=1e-6)
+        share = left.double().norm(1) / norms[name].double().norm(1)
+        assert found[name]["l1_kept"] == pytest.approx(float(share), rel=1e-6)
         kept += int(left.count_nonzero())
     entries = sum(parameter.numel() for parameter in model.parameters())
     assert masker.statistics()["kept_fraction"] == kept / entries

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from axolotl_gmt.gradients.shard import Shard
 from axolotl_gmt.kernels import dispatch, eager
-from axolotl_gmt.kernels.contract import Batch
+from axolotl_gmt.kernels.contract import TOTALS, Batch
 from axolotl_gmt.kernels.dispatch import mask_below_
 from axolotl_gmt.kernels.scores import Hashes, Magnitudes, Products, Quotients, Scores
 from axolotl_gmt.masking.threshold import Rows, common_dtype, find_thresholds
@@ -50,7 +50,7 @@ def fast(gradients: list[Tensor], mask_ratio: float) -> tuple[list[Tensor], Tens
     rows = rows_of([entries])
     scores = [Magnitudes(tensor) for tensor in entries]
     thresholds = find_thresholds(scores, rows, mask_ratio, dtype)
-    totals = torch.zeros(len(entries), 4, dtype=torch.float64)
+    totals = torch.zeros(len(entries), TOTALS, dtype=torch.float64)
     mask_below_(Batch(scores, rows.of_shard, dtype), thresholds, totals)
     return entries, totals
 
@@ -139,7 +139,7 @@ def test_nan_of_any_payload_and_infinity_are_kept_beside_each_other() -> None:
 def test_ties_at_the_threshold_all_stay() -> None:
     (got,), totals = fast([torch.tensor([2.0, 1.0, 1.0, 1.0, 0.5])], 0.6)
     assert got.tolist() == [2.0, 1.0, 1.0, 1.0, 0.0]
-    assert totals.tolist() == [pytest.approx([5, 4, 7.25, 7.0])]
+    assert totals.tolist() == [pytest.approx([5, 4, 7.25, 7.0, 5.5, 5.0])]
 
 
 def test_denormals_are_told_apart_even_if_the_cpu_flushes_them() -> None:
@@ -183,7 +183,7 @@ def test_scores_of_any_kinds_are_masked_like_the_reference(
     values = [score.values(0, len(score.entries)).clone() for score in scores]
     rows = rows_of([[score.entries for score in scores]])
     thresholds = find_thresholds(scores, rows, mask_ratio, torch.float32)
-    totals = torch.zeros(len(scores), 4, dtype=torch.float64)
+    totals = torch.zeros(len(scores), TOTALS, dtype=torch.float64)
     mask_below_(Batch(scores, rows.of_shard, torch.float32), thresholds, totals)
     for score, expected in zip(scores, masked_by_scores(before, values, mask_ratio), strict=True):
         assert torch.equal(bits(score.entries), bits(expected))
@@ -199,7 +199,7 @@ def test_hashes_of_large_tensors_are_masked_like_the_reference(
     values = [score.values(0, len(score.entries)).clone() for score in scores]
     rows = rows_of([[score.entries for score in scores]])
     thresholds = find_thresholds(scores, rows, mask_ratio, torch.float32)
-    totals = torch.zeros(len(scores), 4, dtype=torch.float64)
+    totals = torch.zeros(len(scores), TOTALS, dtype=torch.float64)
     mask_below_(Batch(scores, rows.of_shard, torch.float32), thresholds, totals)
     for score, expected in zip(scores, masked_by_scores(before, values, mask_ratio), strict=True):
         assert torch.equal(score.entries, expected)
@@ -213,7 +213,7 @@ def test_scores_that_are_not_near_where_they_should_be_are_still_masked_exactly(
     rows = rows_of([[entries]])
     thresholds = find_thresholds(scores, rows, 0.2, torch.float32)
     mask_below_(
-        Batch(scores, [0], torch.float32), thresholds, torch.zeros(1, 4, dtype=torch.float64)
+        Batch(scores, [0], torch.float32), thresholds, torch.zeros(1, TOTALS, dtype=torch.float64)
     )
     assert torch.equal(entries, masked_by_scores([before], [values], 0.2)[0])
     assert not torch.equal(entries, before)

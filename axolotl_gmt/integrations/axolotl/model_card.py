@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 
 from axolotl_gmt.files import whole
-from axolotl_gmt.record import FOLDER, GRAD_NORM_KEPT, KEPT_FRACTION
+from axolotl_gmt.record import FOLDER, GRAD_NORM_KEPT, KEPT_FRACTION, L1_KEPT
 from axolotl_gmt.report.log import TrainingLog
 
 TAGS = ("gmt", "gradient-mask-tuning")
@@ -59,6 +59,7 @@ def _section(log: TrainingLog, folder: Path) -> str:
         f"parameters under the mask: {log.masked_parameters:,}" if log.masked_parameters else None,
         _mean("kept fraction (non-zero entries that survived)", log.mean(KEPT_FRACTION)),
         _mean("gradient norm kept", log.mean(GRAD_NORM_KEPT)),
+        _mean("L1 norm kept", log.mean(L1_KEPT)),
     ]
     picture = Path(FOLDER, "grad_norm_kept_by_layer.png")
     parts = [
