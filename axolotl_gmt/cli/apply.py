@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from axolotl_gmt.cli.console import PlainConsole, UserPath, progress_bar, remarks
+from axolotl_gmt.cli.diff import settings_text
 
 
 @click.command()
@@ -45,5 +46,7 @@ def apply(base: Path, delta: Path, output: Path | None, check: bool) -> None:
     for whose, names in {"the delta": result.files, "BASE": result.copied}.items():
         if names:
             remarks.print(f"Files of {whose}: {', '.join(names)}")
+    if result.settings:
+        remarks.print(f"GMT's settings: {settings_text(result.settings)}")
     if output is not None:
         remarks.print(f"Wrote {output}")

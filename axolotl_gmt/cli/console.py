@@ -59,13 +59,15 @@ remarks = PlainConsole(stderr=True, soft_wrap=True)
 
 @contextmanager
 def progress_bar(doing: str) -> Iterator[Callable[[int, int], object]]:
-    """A progress bar on stderr, gone when the block ends.
+    """A progress bar on stderr, if that is a terminal; it is gone when the block ends.
 
     Yields:
         What to call with the amount that was done since the last call, and the amount in all.
     """
     columns = (TextColumn(doing), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=remarks, transient=True) as progress:
+    # Without a terminal nothing can be taken back, and an empty line would be left.
+    shown = remarks.is_terminal
+    with Progress(*columns, console=remarks, transient=True, disable=not shown) as progress:
         task = progress.add_task(doing)
         yield lambda new, all_: progress.update(task, advance=new, total=all_)
 

@@ -29,6 +29,7 @@ from axolotl_gmt.tools import checkpoint
 from axolotl_gmt.tools.delta import file as delta_file
 from axolotl_gmt.tools.delta.apply import apply
 from axolotl_gmt.tools.delta.diff import diff
+from axolotl_gmt.tools.inspect import compare as inspection
 from axolotl_gmt.tools.inspect.compare import compare
 from tests.reference import delta_reference as reference
 from tests.reference.delta_reference import BITS, Checkpoint, Raw
@@ -283,10 +284,24 @@ def test_the_settings_of_the_run_are_in_the_delta(
     }
     (pair[1] / place).mkdir(exist_ok=True)
     (pair[1] / place / "trainer_state.json").write_text(json.dumps(state))
-    diff(*pair, tmp_path / "delta.safetensors")
-    written = json.loads(metadata(tmp_path / "delta.safetensors")["gmt"])
-    assert written == {"mask_ratio": 0.25, "granularity": "layer"}
-    assert apply(pair[0], tmp_path / "delta.safetensors", None).settings == written
+    delta = tmp_path / "delta.safetensors"
+    assert "mask_ratio 0.25, granularity layer" in run("diff", *pair, "-o", delta).stdout
+    assert json.loads(metadata(delta)["gmt"]) == {"mask_ratio": 0.25, "granularity": "layer"}
+    result = run("apply", pair[0], delta, "--check")
+    assert "GMT's settings: mask_ratio 0.25, granularity layer\n" in result.stderr
+
+
+def test_settings_that_a_stranger_wrote_are_those_of_this_version_and_can_be_printed(
+    pair: tuple[Path, Path], delta: Path
+) -> None:
+    written = {"mask_ratio": 0.5, "criterion": "\x1b[31m" * 10**4, "seed": [[1]], "x": "y"}
+    delta.write_bytes(with_metadata(gmt=json.dumps(written))(*parts(delta)))
+    result = run("apply", pair[0], delta, "--check")
+    (line,) = [line for line in result.stderr.splitlines() if "settings" in line]
+    assert re.fullmatch(
+        r"GMT's settings: mask_ratio 0.5, criterion (\\x1b\[31m)+[^\x1b]{0,8}", line
+    )
+    assert len(line) < 2000
 
 
 def test_without_a_record_there_are_no_settings(pair: tuple[Path, Path], tmp_path: Path) -> None:
@@ -369,13 +384,14 @@ def test_the_patches_in_the_docs_are_those_that_vllm_loads(
         old = torch.randn(40, 5, generator=generator).to(dtype)
         base[f"{dtype}"], tuned[f"{dtype}"] = old, old.clone()
         tuned[f"{dtype}"][::7, 2] = -0.0
-        base[f"{dtype} with NaN"], tuned[f"{dtype} with NaN"] = old, old.clone()
+        base[f"{dtype} with NaN"], tuned[f"{dtype} with NaN"] = old.clone(), old.clone()
         tuned[f"{dtype} with NaN"][3, 2] = torch.nan
     base["ids"], tuned["ids"] = torch.arange(9), torch.arange(9) * 2
     diff(
         test_inspect.save(tmp_path / "base", base),
         test_inspect.save(tmp_path / "tuned", tuned),
         tmp_path / "delta.safetensors",
+        force=True,
     )
     monkeypatch.setitem(sys.modules, VLLM, vllms_loader())
     for parent in ("vllm", "vllm.model_executor", "vllm.model_executor.model_loader"):
@@ -405,7 +421,7 @@ def test_inspect_says_of_a_delta_what_it_says_of_the_tuned_model(case: str, tmp_
 def test_inspect_reads_a_few_changed_entries_in_small_windows(
     pair: tuple[Path, Path], delta: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(test_inspect.inspection, "_WINDOW_ENTRIES", 7)
+    monkeypatch.setattr(inspection, "_WINDOW_ENTRIES", 7)
     expected = compare(*pair).as_dict()
     found = compare(pair[0], delta).as_dict()
     assert found | {"tuned": expected["tuned"]} == expected
@@ -414,7 +430,7 @@ def test_inspect_reads_a_few_changed_entries_in_small_windows(
 # Refusals.
 
 
-def run(*arguments: str | Path) -> Result:
+def run(*arguments: object) -> Result:
     return CliRunner().invoke(gmt, [str(argument) for argument in arguments])
 
 
@@ -696,7 +712,7 @@ HOSTILE: dict[str, tuple[Callable[[Header, bytes], bytes], str]] = {
     "gigantic": (with_entry("tuned", DOWN, shape=[2**62, 2**62]), "has indices, and is F32"),
     "gigantic and new": (with_entry("tuned", "x", shape=[2**40]), "x is not as in the base"),
     "unknown dtype": (with_entry("tuned", "x", dtype="F1"), "x is not as in the base"),
-    "surrogate": (with_entry("tuned", "\ud800"), "is not as in the base"),
+    "surrogate": (with_entry("tuned", "\ud800"), "tuned.*not valid"),
     "name of the metadata": (
         lambda header, data: with_tensors(**{"values/__metadata__": ("F32", np.zeros(32, "f"))})(
             json.loads(json.dumps(header)) | {}, data
@@ -860,7 +876,7 @@ def test_the_commands_say_what_changed_and_what_they_wrote(
 MB = 10**6
 
 
-def measured(*arguments: str | Path) -> tuple[int, bool]:
+def measured(*arguments: object) -> tuple[int, bool]:
     """The most memory in bytes that a command took, and whether torch was imported."""
     command = [sys.executable, "-c", test_inspect.MEASURED_RUN, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
@@ -871,8 +887,8 @@ def measured(*arguments: str | Path) -> tuple[int, bool]:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("changed", ["one entry", "a quarter", "all"])
 def test_memory_stays_far_below_the_largest_tensor(changed: str, tmp_path: Path) -> None:
-    """A tensor of 400 MB in BF16; what was promised is 2 * 400 + 500 MB."""
-    entries = 200 * MB
+    """A tensor of 200 MB in BF16; what was promised is 2 * 200 + 500 MB."""
+    entries = 100 * MB
     base = {"base": np.zeros(entries, np.uint16)}
     tuned = base["base"].copy()
     tuned[
@@ -900,7 +916,7 @@ def test_memory_stays_far_below_the_largest_tensor(changed: str, tmp_path: Path)
     ):
         peak, imported_torch = measured(*arguments)
         assert not imported_torch  # It takes more memory than all the rest.
-        # Python, numpy and pydantic take some 90 MB.
+        # Python, numpy and pydantic take some 90 MB of it.
         assert peak < 180 * MB, arguments[0]
     again = np.fromfile(tmp_path / "again" / "model.safetensors", np.uint16)[-entries:]
     assert np.array_equal(again, tuned)
@@ -909,7 +925,7 @@ def test_memory_stays_far_below_the_largest_tensor(changed: str, tmp_path: Path)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 def test_a_hostile_header_costs_no_memory(pair: tuple[Path, Path], delta: Path) -> None:
     header, data = parts(delta)
-    header["__metadata__"] |= {f"{number}": "" for number in range(5 * 10**6)}
+    header["__metadata__"] |= {f"{number}": "" for number in range(10**6)}
     delta.write_bytes(packed(json.dumps(header), data))
     code = (
         "import sys\nfrom axolotl_gmt.cli import gmt\n"
@@ -917,8 +933,9 @@ def test_a_hostile_header_costs_no_memory(pair: tuple[Path, Path], delta: Path) 
         "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
         "print(status['VmHWM'].split()[0])"
     )
-    command = [sys.executable, "-c", code, "apply", str(pair[0]), str(delta), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    status, peak = done.stdout.split()
-    assert status == "1"
-    assert int(peak) * 1024 < 120 * MB
+    for arguments in (["apply", pair[0], delta, "--check"], ["inspect", pair[0], delta]):
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        status, peak = done.stdout.split()
+        assert status == "1"
+        assert int(peak) * 1024 < 120 * MB

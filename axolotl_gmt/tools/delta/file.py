@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from axolotl_gmt.errors import UserError
+from axolotl_gmt.report.log import known_settings
 from axolotl_gmt.tools.checkpoint import FLOATS, Stored, bits_of, bytes_of, read_header
 
 FORMAT, VERSION = "gmt_delta", "1"
@@ -46,6 +47,10 @@ CONFIG_FILES = (
 _METADATA = "__metadata__"  # A key of safetensors' headers that is no tensor.
 _LARGEST_INT32 = 2**31 - 1
 _CHECKED_AT_ONCE = 1 << 20
+
+
+class HeaderTooLongError(UserError):
+    """The file is not read any further."""
 
 
 class Entry(BaseModel):
@@ -149,9 +154,11 @@ def encoded_entries(entries: Mapping[str, Entry]) -> str:
 
 
 def is_delta(path: Path, base: Mapping[str, Stored]) -> bool:
-    """Whether a file calls itself a delta; what it is otherwise does not matter."""
+    """Whether a file is to be read as a delta: if it calls itself one, or has too long a header."""
     try:
         return path.is_file() and _metadata(path, longest_header(base)).get("format") == FORMAT
+    except HeaderTooLongError:
+        return True
     except UserError:
         return False
 
@@ -179,7 +186,9 @@ def read_delta(path: Path, base: Mapping[str, Stored]) -> Delta:
         )
     before = _parsed(path, metadata, "base", _ENTRIES)
     after = _parsed(path, metadata, "tuned", _ENTRIES)
-    settings = _parsed(path, metadata, "gmt", _SETTINGS) if "gmt" in metadata else {}
+    settings = (
+        known_settings(_parsed(path, metadata, "gmt", _SETTINGS)) if "gmt" in metadata else {}
+    )
     _check_base(path, before, base)
     parts = _parts(path)
     delta = Delta(path, before, after, parts[VALUES], parts[INDICES], parts[FILES], settings)
@@ -197,7 +206,7 @@ def _metadata(path: Path, longest: int) -> dict[str, str]:
             length = int.from_bytes(stream.read(8), "little")
         # Where the file is shorter than that, safetensors says so.
         if longest < length <= path.stat().st_size:
-            raise UserError(
+            raise HeaderTooLongError(
                 f"{path} is no delta of this base: its header takes {length:,} bytes, and at most "
                 f"{longest:,} are read for one of so many tensors."
             )
