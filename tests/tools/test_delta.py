@@ -721,6 +721,7 @@ HOSTILE: dict[str, tuple[Callable[[Header, bytes], bytes], str]] = {
     ),
     "entry of the metadata": (with_entry("tuned", "__metadata__"), "name of safetensors' metadata"),
     "unknown tensor": (with_tensors(**{"x": ("U8", BYTES)}), "a tensor has the name x"),
+    "long name": (with_tensors(**{"x" * 10**5: ("U8", BYTES)}), r"the name x{400,500} \[\.\.\.\]"),
     "escapes": (with_tensors(**{"\x1b[31m\n": ("U8", BYTES)}), r"the name \\x1b\[31m\\n"),
     "not in the model": (with_tensors(**{"values/x": ("U8", BYTES)}), "x is not a tensor of"),
     "no values": (with_tensors(**{f"values/{DOWN}": None}), "is not as in the base, and has no"),
@@ -784,6 +785,7 @@ def test_a_hostile_delta_costs_an_error_of_one_line(
         assert result.stdout == ""
         assert re.fullmatch(f"Error: [^\n]*(?:{message})[^\n]*\n", result.stderr), result.stderr
         assert "\x1b" not in result.stderr
+        assert len(result.stderr) < 1000
     inspected = run("inspect", pair[0], delta)
     assert isinstance(inspected.exception, SystemExit)
     assert inspected.exit_code == 1
@@ -827,11 +829,13 @@ def test_names_in_the_base_do_not_say_where_files_are_written(tmp_path: Path) ->
 def test_a_model_that_changes_while_it_is_read_leaves_no_delta(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
+    totals: list[int] = []
+
     def change(_: int, total: int) -> None:
-        if total > 2 * sum(path.stat().st_size for path in pair[1].iterdir()):
-            return
-        tensors = load_file(pair[1] / "model.safetensors")
-        save_file({n: t + 1 for n, t in tensors.items()}, pair[1] / "model.safetensors")
+        totals.append(total)
+        if total > totals[0] and totals.count(total) == 1:  # The first block was written.
+            tensors = load_file(pair[1] / "model.safetensors")
+            save_file({n: t + 1 for n, t in tensors.items()}, pair[1] / "model.safetensors")
 
     with pytest.raises(UserError, match="changed while it was read"):
         diff(*pair, tmp_path / "delta.safetensors", on_progress=change)
@@ -868,7 +872,6 @@ def test_the_commands_say_what_changed_and_what_they_wrote(
         assert applied.stdout == f"4 tensors, {model:,} bytes: every hash is right.\n"
         assert "Files of the delta: config.json" in applied.stderr
         assert ("Wrote" in applied.stderr) == ("-o" in arguments)
-    assert run("inspect", pair[0], output).stdout.replace(str(output), str(pair[1])) != ""
 
 
 # Memory.

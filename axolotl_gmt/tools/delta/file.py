@@ -47,6 +47,7 @@ CONFIG_FILES = (
 _METADATA = "__metadata__"  # A key of safetensors' headers that is no tensor.
 _LARGEST_INT32 = 2**31 - 1
 _CHECKED_AT_ONCE = 1 << 20
+_LONGEST_REASON = 500
 
 
 class HeaderTooLongError(UserError):
@@ -228,7 +229,7 @@ def _parsed(path: Path, metadata: Mapping[str, str], key: str, form: TypeAdapter
 
 
 def _damaged(path: Path, why: str) -> UserError:
-    return UserError(f"{path} is damaged, or not written by axolotl gmt diff: {why}.")
+    return UserError(f"{path} is damaged, or not written by axolotl gmt diff: {_short(why)}.")
 
 
 def _check_base(path: Path, expected: Mapping[str, Entry], base: Mapping[str, Stored]) -> None:
@@ -249,7 +250,12 @@ def _check_base(path: Path, expected: Mapping[str, Entry], base: Mapping[str, St
 
 def other_base(path: Path, why: str) -> UserError:
     """The error for a delta whose base is another one than the user named."""
-    return UserError(f"{path} is the delta of another base: {why}.")
+    return UserError(f"{path} is the delta of another base: {_short(why)}.")
+
+
+def _short(text: str) -> str:
+    """Names and numbers in a file can fill it."""
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]} [...]"
 
 
 def _kind(tensor: Stored | Entry) -> str:
