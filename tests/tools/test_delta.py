@@ -763,6 +763,14 @@ HOSTILE: dict[str, tuple[Callable[[Header, bytes], bytes], str]] = {
         with_tensors(**{"files/config.json": ("F32", np.zeros(1, "f4"))}),
         r"it carries config.json, F32",
     ),
+    "file without a hash": (
+        with_tensors(**{"files/config.json": ("U8", BYTES)}),
+        "are not those that its metadata names",
+    ),
+    "hash without a file": (
+        with_metadata(files=json.dumps({"config.json": "0" * 64})),
+        "are not those that its metadata names",
+    ),
     "flipped bit": (with_a_flipped_bit, "is damaged: .* would not be as it was"),
     "other index": (
         # Ascending, in range, and not what changed.
@@ -794,6 +802,41 @@ def test_a_hostile_delta_costs_an_error_of_one_line(
         "delta.safetensors",
         "tuned",
     ]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data())
+def test_any_damage_is_an_error_or_makes_no_difference(data: st.DataObject) -> None:
+    """As where it is in the names of settings, or in the spaces that end a header."""
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        base, tuned = tuned_pair(folder)
+        (tuned / "config.json").write_text('{"model_type": "llama"}')
+        state = {
+            "log_history": [{"step": 1, "loss": 0.5}],
+            "stateful_callbacks": {"GMTCallback": {"args": {"mask_ratio": 0.25}}},
+        }
+        (tuned / "trainer_state.json").write_text(json.dumps(state))
+        delta = folder / "delta.safetensors"
+        diff(base, tuned, delta)
+        apply(base, delta, folder / "again")
+        content = bytearray(delta.read_bytes())
+        header = 8 + int.from_bytes(content[:8], "little")
+        start = data.draw(st.one_of(st.integers(0, header), st.integers(0, len(content) - 1)))
+        stop = start + data.draw(st.integers(0, 3))
+        content[start:stop] = data.draw(st.binary(max_size=3))
+        delta.write_bytes(content)
+        result = run("apply", base, delta, "-o", folder / "damaged")
+        if result.exit_code == 0:
+            assert contents(folder / "damaged") == contents(folder / "again")
+        else:
+            assert isinstance(result.exception, SystemExit)
+            assert re.fullmatch("Error: [^\n]*\n", result.stderr)
+            assert not (folder / "damaged").exists()
 
 
 @pytest.mark.parametrize("place", ["missing", "folder", "model"])

@@ -91,7 +91,7 @@ def check(
     folder: Path | None = None,
     on_progress: Progress | None = None,
 ) -> None:
-    """Check every tensor of a base and of the tuned model against the hashes in a delta.
+    """Check every tensor of a base and of the tuned model, and files, against a delta's hashes.
 
     Args:
         base: The tensors of the base.
@@ -113,6 +113,9 @@ def check(
         if on_progress is not None:
             on_progress(nbytes, total)
 
+    for name, stored in delta.files.items():
+        if stored.sha256() != delta.file_hashes[name]:
+            raise _damaged(delta, name)
     for name in unused:
         if base[name].sha256() != delta.base[name].sha256:
             raise other_base(delta.path, f"{name} has other values")
@@ -178,7 +181,11 @@ def _tuned_bits(name: str, base: Mapping[str, Stored], delta: Delta) -> Iterator
     if stored.file != delta.path and before.hexdigest() != delta.base[name].sha256:
         raise other_base(delta.path, f"{name} has other values")
     if after.hexdigest() != delta.tuned[name].sha256:
-        raise UserError(f"{delta.path} is damaged: {name} would not be as it was. Fetch it again.")
+        raise _damaged(delta, name)
+
+
+def _damaged(delta: Delta, name: str) -> UserError:
+    return UserError(f"{delta.path} is damaged: {name} would not be as it was. Fetch it again.")
 
 
 def _files_to_copy(base: Path, delta: Delta) -> list[Path]:

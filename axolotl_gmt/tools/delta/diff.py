@@ -127,7 +127,7 @@ def diff(
     pieces = _pieces(before, after, compared, files)
     settings = _settings(tuned)
     specs = in_order({key: piece.spec for key, piece in pieces.items()})
-    header = encoded_header(specs, _metadata(compared, settings))
+    header = encoded_header(specs, _metadata(compared, files, settings))
     to_write = sum(bytes_of(*spec) for spec in specs.values())
     changed = [name for name in after if compared[name].base != compared[name].tuned]
     result = Diff(
@@ -220,7 +220,7 @@ def _pieces(
     before: Mapping[str, Stored],
     after: Mapping[str, Stored],
     compared: Mapping[str, _Compared],
-    files: Mapping[str, Path],
+    files: Mapping[str, Stored],
 ) -> dict[str, _Piece]:
     pieces = {}
     for name, stored in after.items():
@@ -233,9 +233,8 @@ def _pieces(
         pair, dtype = (before[name], stored), index_dtype(stored.entries)
         pieces[INDICES + name] = _Piece((dtype, (changed,)), partial(_new_indices, *pair))
         pieces[VALUES + name] = _Piece((stored.dtype, (changed,)), partial(_new_values, *pair))
-    for name, file in files.items():
-        bits = Stored(file, name, "U8", (file.stat().st_size,), 0)
-        pieces[FILES + name] = _Piece(_spec(bits), bits.blocks)
+    for name, stored in files.items():
+        pieces[FILES + name] = _Piece(_spec(stored), stored.blocks)
     return pieces
 
 
@@ -252,24 +251,29 @@ def _new_values(before: Stored, after: Stored) -> Iterator[np.ndarray]:
         yield words[before.read_words(start, stop) != words]
 
 
-def _metadata(compared: Mapping[str, _Compared], settings: Mapping[str, object]) -> dict[str, str]:
+def _metadata(
+    compared: Mapping[str, _Compared],
+    files: Mapping[str, Stored],
+    settings: Mapping[str, object],
+) -> dict[str, str]:
     metadata = {
         "format": FORMAT,
         "format_version": VERSION,
         "base": encoded_entries({name: c.base for name, c in compared.items() if c.base}),
         "tuned": encoded_entries({name: c.tuned for name, c in compared.items() if c.tuned}),
+        "files": json.dumps({name: stored.sha256() for name, stored in files.items()}),
     }
     return metadata | ({"gmt": json.dumps(settings)} if settings else {})
 
 
-def _changed_files(base: Path, tuned: Path) -> dict[str, Path]:
+def _changed_files(base: Path, tuned: Path) -> dict[str, Stored]:
     """The files of the tuned model, other than weights, that are not byte for byte the base's."""
-    return {
-        name: tuned / name
-        for name in CONFIG_FILES
-        if (tuned / name).is_file()
-        and not ((base / name).is_file() and filecmp.cmp(base / name, tuned / name, shallow=False))
-    }
+    files = {}
+    for name in CONFIG_FILES:
+        old, new = base / name, tuned / name
+        if new.is_file() and not (old.is_file() and filecmp.cmp(old, new, shallow=False)):
+            files[name] = Stored(new, name, "U8", (new.stat().st_size,), 0)
+    return files
 
 
 def _settings(tuned: Path) -> dict[str, object]:

@@ -50,6 +50,9 @@ _CHECKED_AT_ONCE = 1 << 20
 _LONGEST_REASON = 500
 
 
+_Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 class HeaderTooLongError(UserError):
     """The file is not read any further."""
 
@@ -61,10 +64,11 @@ class Entry(BaseModel):
 
     dtype: str
     shape: tuple[Annotated[int, Field(ge=0)], ...]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    sha256: _Sha256
 
 
 _ENTRIES = TypeAdapter(dict[str, Entry])
+_HASHES = TypeAdapter(dict[str, _Sha256])
 _SETTINGS = TypeAdapter(dict[str, Any])
 
 
@@ -84,6 +88,8 @@ class Delta:
     values: Mapping[str, Stored]
     indices: Mapping[str, Stored]
     files: Mapping[str, Stored]
+    file_hashes: Mapping[str, str]
+    """The SHA-256 of each of the files."""
     settings: Mapping[str, object]
     """GMT's settings in the run; empty if they were not known."""
 
@@ -187,12 +193,20 @@ def read_delta(path: Path, base: Mapping[str, Stored]) -> Delta:
         )
     before = _parsed(path, metadata, "base", _ENTRIES)
     after = _parsed(path, metadata, "tuned", _ENTRIES)
-    settings = (
-        known_settings(_parsed(path, metadata, "gmt", _SETTINGS)) if "gmt" in metadata else {}
-    )
+    hashes = _parsed(path, metadata, "files", _HASHES)
+    settings = _parsed(path, metadata, "gmt", _SETTINGS) if "gmt" in metadata else {}
     _check_base(path, before, base)
     parts = _parts(path)
-    delta = Delta(path, before, after, parts[VALUES], parts[INDICES], parts[FILES], settings)
+    delta = Delta(
+        path=path,
+        base=before,
+        tuned=after,
+        values=parts[VALUES],
+        indices=parts[INDICES],
+        files=parts[FILES],
+        file_hashes=hashes,
+        settings=known_settings(settings),
+    )
     _check_tensors(delta)
     for name in delta.indices:
         _check_indices(delta, name)
@@ -299,6 +313,8 @@ def _check_tensors(delta: Delta) -> None:
     for name, stored in delta.files.items():
         if name not in CONFIG_FILES or stored.dtype != "U8" or len(stored.shape) != 1:
             raise _damaged(path, f"it carries {name}, {_kind(stored)}")
+    if delta.files.keys() != delta.file_hashes.keys():
+        raise _damaged(path, "the files that it carries are not those that its metadata names")
 
 
 def _check_indices(delta: Delta, name: str) -> None:
