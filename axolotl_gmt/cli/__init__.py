@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import click
 
-from axolotl_gmt.cli import check, inspect, quickstart, recipes, report, score
+from axolotl_gmt.cli import apply, check, diff, inspect, quickstart, recipes, report, score
 from axolotl_gmt.cli.console import Commands
 
 
@@ -18,7 +18,9 @@ def gmt() -> None:
 
 
 for command in (
+    apply.apply,
     check.check,
+    diff.diff,
     inspect.inspect,
     quickstart.quickstart,
     recipes.recipe,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from axolotl_gmt.errors import UserError
@@ -54,6 +55,21 @@ class UserPath(click.Path):
 
 # Progress and remarks go to stderr, so that what stdout holds can be piped.
 remarks = PlainConsole(stderr=True, soft_wrap=True)
+
+
+@contextmanager
+def progress_bar(doing: str) -> Iterator[Callable[[int, int], object]]:
+    """A progress bar on stderr, if that is a terminal; it is gone when the block ends.
+
+    Yields:
+        What to call with the amount that was done since the last call, and the amount in all.
+    """
+    columns = (TextColumn(doing), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    # Without a terminal nothing can be taken back, and an empty line would be left.
+    shown = remarks.is_terminal
+    with Progress(*columns, console=remarks, transient=True, disable=not shown) as progress:
+        task = progress.add_task(doing)
+        yield lambda new, all_: progress.update(task, advance=new, total=all_)
 
 
 @contextmanager

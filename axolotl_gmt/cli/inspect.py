@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from axolotl_gmt.cli.console import PlainConsole, UserPath, remarks
+from axolotl_gmt.cli.console import PlainConsole, UserPath, progress_bar, remarks
 from axolotl_gmt.errors import UserError
 from axolotl_gmt.files import whole
 
@@ -38,8 +37,9 @@ def inspect(base: Path, tuned: Path, png: Path | None, as_json: bool) -> None:
     """Compare two checkpoints and say what tuning changed.
 
     BASE and TUNED are folders with weights in safetensors (sharded or not), or single .safetensors
-    files. TUNED can be a LoRA adapter of BASE, and both can be adapters of one model. They are read
-    piece by piece: models larger than the memory are fine, and no GPU is used.
+    files. TUNED can also be a LoRA adapter of BASE, or a delta that "diff" wrote; and both can be
+    adapters of one model. They are read piece by piece: models larger than the memory are fine, and
+    no GPU is used.
 
     For each module type, for each layer and in all, the table has the share of entries that
     changed, the Euclidean norm of the change, and that norm relative to the norm of BASE. Where the
@@ -56,18 +56,14 @@ def inspect(base: Path, tuned: Path, png: Path | None, as_json: bool) -> None:
 
     if png is not None and png.exists():
         raise UserError(f"{png} exists. Name another file, or remove it.")
-    columns = (TextColumn("Comparing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with ExitStack() as stack:
         try:
             # Entered first, since a comparison can take minutes.
             part = stack.enter_context(whole(png)) if png is not None else None
         except OSError as error:
             raise UserError(f"{png} cannot be written: {error.strerror}.") from error
-        with Progress(*columns, console=remarks, transient=True) as progress:
-            task = progress.add_task("Comparing")
-            comparison = compare(
-                base, tuned, lambda new, all_: progress.update(task, advance=new, total=all_)
-            )
+        with progress_bar("Comparing") as on_progress:
+            comparison = compare(base, tuned, on_progress)
         for remark in comparison.remarks():
             remarks.print(remark)
         if as_json:

@@ -286,7 +286,7 @@ def parse_state(state: object, name: str) -> TrainingLog:
     optimizer = attributes.base_optimizer
     return TrainingLog(
         name=printable(name),
-        settings=_settings(args),
+        settings=known_settings(args),
         base_optimizer=None if optimizer is None else printable(optimizer),
         masked_parameters=attributes.masked_parameters,
         step=run.global_step,
@@ -309,7 +309,7 @@ def _step_of(state_file: Path) -> int:
     return int(number.group(1)) if number else 10**18
 
 
-def _settings(args: Mapping[str, object]) -> dict[str, object]:
+def known_settings(args: Mapping[str, object]) -> dict[str, object]:
     """The settings in ``args`` that this version knows and can print; unset ones are left out."""
     settings: dict[str, object] = {}
     for key in GMTConfig.model_fields:

@@ -142,6 +142,8 @@ ESCAPE = "[/b]\x1b[31m\n\u202e"
     [
         ["check", ESCAPE],
         ["inspect", ESCAPE, "b"],
+        ["diff", ESCAPE, "b", "-o", "c"],
+        ["apply", ESCAPE, "b", "--check"],
         ["quickstart", "/dev/null/" + ESCAPE],
         ["recipe", ESCAPE],
         ["recipe", "math-qwen3-0.6b", "-o", "/dev/null/" + ESCAPE],
@@ -165,6 +167,10 @@ def test_names_that_a_terminal_would_obey_are_printed_with_escapes(arguments: li
     [
         ["inspect", "a\0", "b"],
         ["inspect", "a", "b", "--png", "c\0.png"],
+        ["diff", "a", "b\0", "-o", "c"],
+        ["diff", "a", "b", "-o", "c\0"],
+        ["apply", "a", "b\0", "--check"],
+        ["apply", "a", "b", "-o", "c\0"],
         ["report", "a\0"],
         ["report", "a", "-o", "b\0"],
         ["check", "a\0.yml"],

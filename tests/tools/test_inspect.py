@@ -19,9 +19,9 @@ from torch import Tensor
 
 from axolotl_gmt.cli import gmt
 from axolotl_gmt.errors import UserError
+from axolotl_gmt.tools.checkpoint import Stored, read_checkpoint
 from axolotl_gmt.tools.inspect import compare as inspection
 from axolotl_gmt.tools.inspect.adapter import adapt, read_adapter
-from axolotl_gmt.tools.inspect.checkpoint import Stored, read_checkpoint
 from axolotl_gmt.tools.inspect.compare import Change, Comparison, compare
 from axolotl_gmt.tools.inspect.merge import merge
 from axolotl_gmt.tools.inspect.picture import draw_png
@@ -157,7 +157,7 @@ def test_rounding_equals_torch_for_every_kind_of_float(dtype: str) -> None:
     halfway = np.arange(0, 1 << 32, 1 << 15, dtype=np.uint32)  # Ties of bfloat16 among them.
     values = np.concatenate([patterns, halfway]).view(np.float32)
     expected = torch.from_numpy(values).to(getattr(torch, to)).double().numpy()
-    stored = {each: Stored(Path(), "", each, values.shape) for each in ("F32", dtype)}
+    stored = {each: Stored(Path(), "", each, values.shape, 0) for each in ("F32", dtype)}
     with np.errstate(invalid="ignore", over="ignore"):
         rounded = inspection._converted(values, stored["F32"], stored[dtype]).astype(np.float64)
     np.testing.assert_array_equal(rounded, expected)

@@ -22,7 +22,9 @@ from typing import IO, cast
 import numpy as np
 
 from axolotl_gmt.errors import UserError
-from axolotl_gmt.tools.inspect.checkpoint import (
+from axolotl_gmt.tools.checkpoint import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
     Checkpoint,
     Reader,
     Stored,
@@ -31,7 +33,6 @@ from axolotl_gmt.tools.inspect.checkpoint import (
     read_json,
 )
 
-_CONFIG, _FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # Of the tensors' names in an adapter's file.
 # What PEFT's wrappers add to the name of a tensor that is stored whole.
 _WRAPPER = re.compile(
@@ -57,22 +58,16 @@ class Adapter:
         return checkpoint_of(self.path, self.tensors)
 
 
-def find_adapter(path: Path) -> Path | None:
-    """The folder of the adapter that ``path`` names; None if that is no adapter."""
-    folder = path.parent if path.name == _FILE else path
-    return folder if (folder / _CONFIG).is_file() else None
-
-
 def read_adapter(folder: Path) -> Adapter:
     """Read an adapter's config, and which tensors it holds.
 
     Raises:
         UserError: If it is incomplete or damaged, or not in safetensors.
     """
-    config, file = read_json(folder / _CONFIG), folder / _FILE
+    config, file = read_json(folder / ADAPTER_CONFIG), folder / ADAPTER_FILE
     if not file.is_file():
         raise UserError(
-            f"{folder} has an {_CONFIG} but no {_FILE}. An adapter in another "
+            f"{folder} has an {ADAPTER_CONFIG} but no {ADAPTER_FILE}. An adapter in another "
             "format must be loaded with PEFT and saved with save_pretrained."
         )
     tensors = {_WRAPPER.sub("", key): stored for key, stored in read_header(file).items()}
@@ -162,8 +157,8 @@ def adapt(base: Checkpoint, adapter: Adapter) -> AdaptedModel:
     for key in _RENAMED:
         if adapter.config.get(key):
             raise UserError(
-                f"{adapter.path / _CONFIG}: {key} is set, so that the names of the adapter's "
-                f"tensors do not say what they change. {_merge_first(adapter.path)}"
+                f"{adapter.path / ADAPTER_CONFIG}: {key} is set, so that the names of the "
+                f"adapter's tensors do not say what they change. {_merge_first(adapter.path)}"
             )
     saved = adapter.config.get("modules_to_save")
     new = [f".{module}." for module in saved] if isinstance(saved, list) else []

@@ -18,19 +18,16 @@ import numpy as np
 from axolotl_gmt.errors import UserError
 from axolotl_gmt.names import layer_name, place
 from axolotl_gmt.report.modules import module_type, natural_order, stack_labels, stack_name
-from axolotl_gmt.tools.inspect.adapter import (
-    AdaptedModel,
-    Adapter,
-    adapt,
-    find_adapter,
-    read_adapter,
-)
-from axolotl_gmt.tools.inspect.checkpoint import (
+from axolotl_gmt.tools.checkpoint import (
     FLOATS,
     Checkpoint,
     Stored,
+    find_adapter,
     read_checkpoint,
 )
+from axolotl_gmt.tools.delta.file import is_delta
+from axolotl_gmt.tools.delta.patched import PatchedModel, read_patched
+from axolotl_gmt.tools.inspect.adapter import AdaptedModel, Adapter, adapt, read_adapter
 
 # 1 MB in float32: a comparison holds a few arrays of this size, and they fit into a CPU's cache.
 _WINDOW_ENTRIES = 1 << 18
@@ -235,13 +232,16 @@ def compare(
 
     Args:
         base: Folder or file of the model before tuning.
-        tuned: The same after tuning, or an adapter of it.
+        tuned: The same after tuning, or an adapter or a delta of it.
         on_progress: Called with the number of entries compared since the last call, and of all.
 
     Raises:
         UserError: If one of them cannot be read, or there is nothing to compare.
     """
-    before, after = _read(base), _read(tuned)
+    before = _read(base)
+    if isinstance(before, Checkpoint) and is_delta(tuned, before.tensors):
+        return _compare(before, read_patched(base, tuned), "weights", on_progress)
+    after = _read(tuned)
     if _files(before) == _files(after):
         raise UserError(f"{base} and {tuned} are the same files: name two checkpoints.")
     if isinstance(before, Checkpoint):
@@ -266,7 +266,7 @@ def _files(checkpoint: Checkpoint | Adapter) -> set[Path]:
 
 def _compare(
     base: Checkpoint,
-    tuned: Checkpoint | AdaptedModel,
+    tuned: Checkpoint | AdaptedModel | PatchedModel,
     compared: Compared,
     on_progress: Callable[[int, int], object] | None,
 ) -> Comparison:

@@ -19,8 +19,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from axolotl_gmt.tools.checkpoint import read_checkpoint
 from axolotl_gmt.tools.inspect.adapter import PREFIX, AdaptedModel, adapt, read_adapter
-from axolotl_gmt.tools.inspect.checkpoint import read_checkpoint
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ Knows files and their tensors, nothing of how two checkpoints are compared.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +22,20 @@ from axolotl_gmt.errors import UserError
 # Safetensors' floats that are weights; the others hold quantised weights.
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _BUFFERS = frozenset({"I64", "BOOL"})  # Position ids and counters.
+_BITS = {  # Of an entry; of complex numbers, both parts.
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("BOOL", "I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
+}
 
-_SINGLE_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 _MAPPED_BYTES = 1 << 24
+_WINDOW_BYTES = 1 << 22
 
 
 type Reader = Callable[[str, int, int], np.ndarray]
@@ -37,6 +49,8 @@ class Stored(NamedTuple):
     key: str
     dtype: str
     shape: tuple[int, ...]
+    offset: int
+    """Where its bytes begin in the file."""
 
     @property
     def entries(self) -> int:
@@ -47,6 +61,79 @@ class Stored(NamedTuple):
     def computed(self) -> np.dtype[Any]:
         """The dtype to compute in: float64 if that is the tensor's, else float32."""
         return np.promote_types(np.float32, FLOATS[self.dtype])
+
+    @property
+    def word(self) -> np.dtype[Any]:
+        """The unsigned integer with an entry's bits; a byte where several entries share one.
+
+        Raises:
+            UserError: If the dtype is not one of safetensors' that this version knows.
+        """
+        bits = bits_of(self.dtype)
+        return np.dtype(f"<u{bits // 8}" if bits % 8 == 0 else "u1")
+
+    @property
+    def words(self) -> int:
+        """The number of words: of entries, or of bytes where several entries share one."""
+        return self.nbytes // self.word.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return bytes_of(self.dtype, self.shape)
+
+    def read_words(self, start: int, stop: int) -> np.ndarray:
+        """The bits of the entries from ``start`` to ``stop``, exclusive, as if laid out flat.
+
+        Raises:
+            UserError: If the file cannot be read any more.
+        """
+        offset = self.offset + start * self.word.itemsize
+        try:
+            read: np.ndarray = np.fromfile(self.file, self.word, stop - start, offset=offset)
+        except OSError as error:
+            raise UserError(f"{self.file} cannot be read: {error.strerror}.") from error
+        if read.size != stop - start:
+            raise UserError(f"{self.file} changed while it was read: it is shorter now.")
+        return read
+
+    def windows(self) -> Iterator[tuple[int, int]]:
+        """First and last word, exclusive, of the parts in which the bits are read."""
+        step = _WINDOW_BYTES // self.word.itemsize
+        for start in range(0, self.words, step):
+            yield start, min(start + step, self.words)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All bits, a part after the other."""
+        for start, stop in self.windows():
+            yield self.read_words(start, stop)
+
+    def sha256(self) -> str:
+        """The SHA-256 of the tensor's bytes, in hexadecimal digits."""
+        digest = hashlib.sha256()
+        for block in self.blocks():
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def bits_of(dtype: str) -> int:
+    """The number of bits of an entry.
+
+    Raises:
+        UserError: If the dtype is not one of safetensors' that this version knows.
+    """
+    if dtype not in _BITS:
+        raise UserError(f"{dtype} is a dtype of safetensors that this version does not know.")
+    return _BITS[dtype]
+
+
+def bytes_of(dtype: str, shape: Sequence[int]) -> int:
+    """The number of bytes of a tensor.
+
+    Raises:
+        UserError: As :func:`bits_of` does.
+    """
+    return math.prod(shape) * bits_of(dtype) // 8
 
 
 @dataclass
@@ -120,15 +207,33 @@ def _indices(shape: tuple[int, ...], start: int, stop: int) -> Iterator[tuple[in
         yield from ((last, *index) for index in _indices(shape[1:], 0, tail))
 
 
+def find_adapter(path: Path) -> Path | None:
+    """The folder of the PEFT adapter that ``path`` names; None if that is no adapter."""
+    folder = path.parent if path.name == ADAPTER_FILE else path
+    return folder if (folder / ADAPTER_CONFIG).is_file() else None
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read which tensors a checkpoint holds, but not yet the tensors.
+    """Read which weights a checkpoint holds, but not yet the weights.
+
+    Args:
+        path: As for :func:`read_tensors`.
+
+    Raises:
+        UserError: If there is none, or it is incomplete, damaged or quantised.
+    """
+    return checkpoint_of(path, read_tensors(path))
+
+
+def read_tensors(path: Path) -> dict[str, Stored]:
+    """Read which tensors of any dtype a checkpoint holds, but not yet the tensors.
 
     Args:
         path: A folder with ``model.safetensors`` or with shards and their index; or one
             ``.safetensors`` file.
 
     Raises:
-        UserError: If there is none, or it is incomplete, damaged or quantised.
+        UserError: If there is none, or it is incomplete or damaged.
     """
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -136,20 +241,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
                 f"{path} is not a .safetensors file. Other formats must be converted first: load "
                 "the model with Transformers and save it with save_pretrained."
             )
-        return checkpoint_of(path, read_header(path))
+        return read_header(path)
     if not path.is_dir():
         raise UserError(
             f"{path} does not exist. A model of the hub must be downloaded first: "
             "hf download NAME prints its folder."
         )
-    if (path / _SINGLE_FILE).is_file():
-        return checkpoint_of(path, read_header(path / _SINGLE_FILE))
-    if (path / _INDEX_FILE).is_file():
-        return checkpoint_of(path, _read_shards(path))
+    if (path / SINGLE_FILE).is_file():
+        return read_header(path / SINGLE_FILE)
+    if (path / INDEX_FILE).is_file():
+        return _read_shards(path)
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         raise UserError(_why_no_weights(path, files))
-    return checkpoint_of(path, read_header(files[0]))
+    return read_header(files[0])
 
 
 def checkpoint_of(path: Path, tensors: Mapping[str, Stored]) -> Checkpoint:
@@ -176,12 +281,34 @@ def read_header(file: Path) -> dict[str, Stored]:
     Raises:
         UserError: If the file cannot be read, or is not what its header says.
     """
-    opened = _open(file)
+    opened = _open(file)  # Which checks that the bytes of the tensors fill the file.
     slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length), object_pairs_hook=_without_duplicates)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file} is incomplete, damaged or not readable ({error}).") from error
     return {
-        name: Stored(file, name, each.get_dtype(), (*each.get_shape(),))
+        name: Stored(
+            file,
+            name,
+            each.get_dtype(),
+            (*each.get_shape(),),
+            8 + length + header[name]["data_offsets"][0],
+        )
         for name, each in slices.items()
     }
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of two tensors of one name, readers differ in which they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands in its header twice")
+    return found
 
 
 def _open(file: Path) -> Any:
@@ -196,7 +323,7 @@ def _open(file: Path) -> Any:
 def _why_no_weights(folder: Path, files: list[Path]) -> str:
     if files:
         return (
-            f"{folder} has {len(files)} safetensors files and no {_INDEX_FILE} that says which "
+            f"{folder} has {len(files)} safetensors files and no {INDEX_FILE} that says which "
             "belong together. Name one of them, or restore the index."
         )
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
@@ -214,7 +341,7 @@ def _why_no_weights(folder: Path, files: list[Path]) -> str:
 
 
 def _read_shards(folder: Path) -> dict[str, Stored]:
-    index = folder / _INDEX_FILE
+    index = folder / INDEX_FILE
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise UserError(f"{index} has no weight_map from tensor names to file names.")
