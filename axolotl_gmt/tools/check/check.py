@@ -14,8 +14,10 @@ from typing import Any
 from axolotl_gmt.config import GMTConfig
 from axolotl_gmt.errors import UserError
 from axolotl_gmt.integrations.axolotl.args import read_config
+from axolotl_gmt.integrations.axolotl.meta_model import model_on_meta, prepare_model
+from axolotl_gmt.integrations.axolotl.raw_config import looks_like_key
 from axolotl_gmt.tools.check import sharing, yaml_file
-from axolotl_gmt.tools.check.count import count, model_on_meta, prepare_model
+from axolotl_gmt.tools.check.count import count
 from axolotl_gmt.tools.check.report import Plan, Report
 from axolotl_gmt.tools.check.tokens import MARK, hide
 from axolotl_gmt.tools.check.validation import Validation, validated
@@ -96,7 +98,7 @@ def _check_keys(report: Report, raw: Mapping[str, object], result: Validation) -
     unknown = [
         key
         for key in raw
-        if not (key in result.known_keys or key.startswith("gmt_") or f"`{key}`" in refused)
+        if not (key in result.known_keys or looks_like_key(key) or f"`{key}`" in refused)
     ]
     perhaps = []
     for index, key in enumerate(unknown):
