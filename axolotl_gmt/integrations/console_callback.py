@@ -38,9 +38,7 @@ class ShortConsoleCallback(TrainerCallback):
             del logs[key]  # type: ignore[union-attr]
 
     @classmethod
-    def put_before_printers(
-        cls, callbacks: list[TrainerCallback], behind: TrainerCallback
-    ) -> None:
+    def put_before_printers(cls, callbacks: list[TrainerCallback], behind: TrainerCallback) -> None:
         """Move printers to the end of a trainer's callbacks, and one of this class before them.
 
         Args:

@@ -28,9 +28,7 @@ MAX_LINE = 2_000
 MAX_SUGGESTIONS = 100
 
 
-def check(
-    path: Path, gpus: int | None = None, share: bool = False, has_gpu: bool = True
-) -> Report:
+def check(path: Path, gpus: int | None = None, share: bool = False, has_gpu: bool = True) -> Report:
     """Check one file, whatever it holds. Axolotl's plugins are replaced, so not beside a training.
 
     Args:
