@@ -176,7 +176,7 @@ def test_settings_come_one_way() -> None:
         GMTCallback(mask_ratio=1.5)
     for name in ("ratio", "gmt_mask_ratio", "maskRatio"):
         with pytest.raises(ValueError, match=rf"{name}\n  there is no .*Did you mean mask_ratio\?"):
-            GMTCallback(**{name: 0.5})
+            GMTCallback(None, **{name: 0.5})
     with pytest.raises(TypeError, match=r"GMTCallback\(0\.5\) .*GMTCallback\(mask_ratio=0\.5\)"):
         GMTCallback(0.5)  # type: ignore[arg-type]
 
