@@ -6,20 +6,24 @@ plugin are these names with the prefix ``gmt_``.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import reprlib
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     ValidationError,
     WithJsonSchema,
+    model_validator,
 )
 from pydantic.config import JsonDict
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 
 def _check_mask_ratio(value: object) -> float:
@@ -190,6 +194,28 @@ class GMTConfig(BaseModel):
         "`gmt/kept_fraction/MODULE`, `gmt/grad_norm_kept/MODULE` and `gmt/l1_kept/MODULE`.",
     )
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _suggest_names(cls, settings: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """Say of a setting that does not exist which one may have been meant."""
+        try:
+            return handler(settings)
+        except ValidationError as error:
+            raise ValidationError.from_exception_data(
+                error.title,
+                [
+                    InitErrorDetails(
+                        type=_no_such_setting(str(item["loc"][-1]))
+                        if item["type"] == "extra_forbidden"
+                        else item["type"],
+                        loc=item["loc"],
+                        input=item["input"],
+                        ctx=item.get("ctx", {}),
+                    )
+                    for item in error.errors()
+                ],
+            ) from None
+
     @property
     def selection(self) -> str:
         """What is selected, in words for a log."""
@@ -211,6 +237,16 @@ class GMTConfig(BaseModel):
         return ", ".join(words)
 
 
+def _no_such_setting(name: str) -> PydanticCustomError:
+    known = GMTConfig.model_fields
+    nearest = difflib.get_close_matches(name.removeprefix("gmt_"), known, n=1, cutoff=0)[0]
+    return PydanticCustomError(
+        "no_such_setting",
+        "there is no such setting. Did you mean {nearest}? The settings are {known}.",
+        {"nearest": nearest, "known": ", ".join(known)},
+    )
+
+
 def explain(error: ValidationError, prefix: str = "") -> str:
     """One line per bad setting of ``error``, each starting with the setting's name.
 
@@ -223,6 +259,8 @@ def explain(error: ValidationError, prefix: str = "") -> str:
         name = f"{prefix}{item['loc'][0]}"
         if item["type"] == "value_error":
             lines.append(f"{name}: {item['ctx']['error']}")
+        elif item["type"] == "no_such_setting":
+            lines.append(f"{name}: {item['msg']}")
         else:
             lines.append(f"{name}: {item['input']!r} is not valid: {item['msg']}.")
     return "\n".join(lines)

@@ -170,7 +170,9 @@ def test_every_command_has_a_section_that_names_all_of_its_options() -> None:
 
 def test_no_page_tells_to_type_a_command_that_is_not_there() -> None:
     typed = 0
-    start = re.compile(r"^(?:\S*/)?(?:axolotl gmt|python -m axolotl_gmt) (.*)$", re.MULTILINE)
+    start = re.compile(
+        r"^(?:\S*/)?(?:axolotl gmt|gmt-tools|python -m axolotl_gmt) (.*)$", re.MULTILINE
+    )
     for page in PAGES:
         for text in snippets(ROOT / page, "bash"):
             for arguments in start.findall(text):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     help="Check as for a run on so many GPUs.  [default: the fewest that the config asks for]",
 )
 @click.option(
-    "--private", is_flag=True, help="The files stay with you: no warnings about sharing them."
+    "--share", is_flag=True, help="Warn also of what should not be in a file that others get."
 )
 @click.option(
     "--json",
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Print a JSON list, an object for each file, as the last line, after Axolotl's logo.",
 )
-def check(configs: Sequence[Path], gpus: int | None, private: bool, as_json: bool) -> None:
+def check(configs: Sequence[Path], gpus: int | None, share: bool, as_json: bool) -> None:
     """Say whether YAML files for Axolotl are good, and what GMT would do with them.
 
     Each CONFIG is checked as Axolotl does when a training starts, on a machine with Hopper GPUs.
@@ -45,9 +45,9 @@ def check(configs: Sequence[Path], gpus: int | None, private: bool, as_json: boo
     under the mask are counted.
 
     Errors are what would stop the training. Warnings are keys that Axolotl ignores in silence, and
-    what should not be shared: tokens and keys, paths of this machine, repositories and accounts of
-    your own. Whether a model or data set on the hub is private cannot be known offline. Remarks
-    are not held against a file.
+    with --share what should not be shared: tokens and keys, paths of this machine, repositories and
+    accounts of your own. Whether a model or data set on the hub is private cannot be known offline.
+    Remarks are not held against a file.
 
     Paths in a file are relative to the folder in which axolotl is run, so run it there. The exit
     status is 0 if all files are good, 1 if there are errors or warnings, 2 if a file is no YAML
@@ -57,13 +57,14 @@ def check(configs: Sequence[Path], gpus: int | None, private: bool, as_json: boo
     Examples:
       axolotl gmt check sft.yml
       axolotl gmt check example_configs/*.yml
-      axolotl gmt check grpo.yml --gpus 8 --private
+      axolotl gmt check grpo.yml --gpus 8 --share
       axolotl gmt check sft.yml --json | tail -n 1
     """  # noqa: D301
     if importlib.util.find_spec("axolotl") is None:
         raise click.UsageError("Axolotl is not installed. Install axolotl-gmt[axolotl].")
     from axolotl_gmt.tools.check.child import Checker
 
+    remarks.print(f"Checking {_counted(len(configs), 'file')}; to start takes some seconds.")
     columns = (
         TextColumn("Checking {task.description}", markup=False),
         BarColumn(),
@@ -74,7 +75,7 @@ def check(configs: Sequence[Path], gpus: int | None, private: bool, as_json: boo
         task = progress.add_task("", total=len(configs))
         for config in configs:
             progress.update(task, description=printable(config.name))
-            reports.append(checker.check(config, gpus, private))
+            reports.append(checker.check(config, gpus, share))
             progress.advance(task)
     if as_json:
         click.echo(json.dumps([found.as_dict() for found in reports], allow_nan=False))

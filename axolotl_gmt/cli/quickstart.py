@@ -31,19 +31,19 @@ def quickstart(folder: Path, prepare_only: bool) -> None:
     Examples:
       axolotl gmt quickstart
       axolotl gmt quickstart /tmp/gmt --prepare-only
-      axolotl train quickstart/dpo.yml --launcher python
+      cd quickstart && axolotl train dpo.yml --launcher python
     """  # noqa: D301
     place = qs.Folder(folder)
     qs.prepare(place, remarks.print)
     if prepare_only:
         for recipe in (place.sft_recipe, place.dpo_recipe):
-            remarks.print(f"Train with: {shlex.join(_user_command(recipe))}")
+            remarks.print(f"Train with: {_user_command(recipe)}")
         return
     tuned = qs.tuned_model(place)
     if qs.is_trained(tuned):
         remarks.print(f"Kept {tuned}; remove it or name another folder to train again.")
     else:
-        remarks.print(f"Running {shlex.join(_user_command(place.sft_recipe))}")
+        remarks.print(f"Running {_user_command(place.sft_recipe)}")
         qs.train(place.sft_recipe)
     problems = scoring.read_problems(place.held_out_data)
     before, after = score_models([place.base_model, tuned], problems)
@@ -57,5 +57,6 @@ def quickstart(folder: Path, prepare_only: bool) -> None:
         )
 
 
-def _user_command(recipe: Path) -> list[str]:
-    return ["axolotl", "train", str(recipe), "--launcher", "python"]
+def _user_command(recipe: Path) -> str:
+    train = ["axolotl", "train", recipe.name, "--launcher", "python"]
+    return f"cd {shlex.quote(str(recipe.parent))} && {shlex.join(train)}"

@@ -8,19 +8,28 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PretrainedConfig,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_gmt.config import GMTConfig
 from axolotl_gmt.gradients.shard import plain_name, shape
 from axolotl_gmt.integrations import mask_files
+from axolotl_gmt.integrations.announcement import announce
+from axolotl_gmt.integrations.console_callback import ShortConsoleCallback
 from axolotl_gmt.integrations.deepspeed_config import check_deepspeed_config
 from axolotl_gmt.masking.masker import GradientMasker
 from axolotl_gmt.names import kind_name, module_name
@@ -42,7 +51,7 @@ class GMTCallback(TrainerCallback):
 
     Raises:
         pydantic.ValidationError: (a ``ValueError``) For a bad or unknown setting.
-        TypeError: If both ``config`` and settings are given.
+        TypeError: If both ``config`` and settings are given, or ``config`` is no GMTConfig.
     """
 
     is_placed = False
@@ -57,9 +66,15 @@ class GMTCallback(TrainerCallback):
     def __init__(self, config: GMTConfig | None = None, **settings: Any) -> None:
         if config is not None and settings:
             raise TypeError("Give GMTCallback either a config or settings, not both.")
+        if not isinstance(config, GMTConfig | None):
+            raise TypeError(
+                f"GMTCallback({config!r}) does not say what that is. Write settings by name, such "
+                "as GMTCallback(mask_ratio=0.5), or give a GMTConfig."
+            )
         self.config = config or GMTConfig(**settings)
         self._masker: GradientMasker | None = None
         self._handle: RemovableHandle | None = None
+        self._shown: Callable[[], None] = _nothing
 
     def put_first(self, callbacks: list[TrainerCallback]) -> None:
         """Move this callback to the front of the list of a trainer's callback handler.
@@ -70,6 +85,20 @@ class GMTCallback(TrainerCallback):
         if self in callbacks:
             callbacks.remove(self)
         callbacks.insert(0, self)
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Come before the trackers already when training begins, which is when they read settings.
+
+        Not called if the callback is added to a trainer that exists.
+        """
+        if not self.is_placed and (callbacks := _calling_list()) is not None:
+            self.put_first(callbacks)
 
     def on_train_begin(
         self,
@@ -110,12 +139,27 @@ class GMTCallback(TrainerCallback):
         state.stateful_callbacks[RECORD] = record.model_dump()
         if state.is_world_process_zero:
             extra = self._masker.extra_bytes(optimizer)
-            LOG.info(
+            announce(
+                LOG,
                 f"Gradient-Mask Tuning: base optimizer {attributes.base_optimizer}, "
                 f"{self.config.selection}; {len(tensors)} tensors with "
                 f"{attributes.masked_parameters:,} parameters under the mask"
-                + (f"; takes {extra / 1e6:,.1f} MB of memory in this process." if extra else ".")
+                + (f"; takes {extra / 1e6:,.1f} MB of memory in this process." if extra else "."),
             )
+        self._shown = _show_trackers(self._masker.config, model)
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Leave the model's config as it was, now that trackers have read it."""
+        self._shown()
+        self._shown = _nothing
+        if self.config.log_modules and (callbacks := _calling_list()) is not None:
+            ShortConsoleCallback.put_before_printers(callbacks, behind=self)
 
     def on_step_begin(
         self,
@@ -205,6 +249,7 @@ class GMTCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Leave the optimizer as it was."""
+        self._shown()
         self._detach()
 
     def _detach(self) -> None:
@@ -220,6 +265,31 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 def _masks_in(checkpoint: Path, args: TrainingArguments) -> Path:
     return mask_files.path_in(checkpoint, args.process_index, args.world_size)
+
+
+def _nothing() -> None:
+    """There is nothing to take back."""
+
+
+def _show_trackers(settings: GMTConfig, model: torch.nn.Module) -> Callable[[], None]:
+    """Put the settings where wandb, TensorBoard and other trackers look for a run's configuration.
+
+    Transformers' own callbacks hand them the model's config, as it is when training begins.
+
+    Returns:
+        What takes the settings out again, so that they are in no ``config.json`` that is saved.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, PretrainedConfig):
+        return _nothing
+    shown = {f"gmt_{name}": value for name, value in settings.model_dump(mode="json").items()}
+    vars(config).update(shown)
+
+    def take_back() -> None:
+        for key in shown:
+            vars(config).pop(key, None)
+
+    return take_back
 
 
 def _innermost(optimizer: object) -> str:

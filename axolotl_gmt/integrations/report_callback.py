@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_gmt.files import whole
+from axolotl_gmt.integrations.announcement import announce
 from axolotl_gmt.record import FOLDER, STATE_FILE
 
 LOG = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def _leave_report(state: TrainerState, folder: Path) -> None:
         with whole(folder / STATE_FILE) as part:
             state.save_to_json(str(part))
         page, *_ = write_report(parse_state(vars(state), folder.resolve().name), folder / FOLDER)
-        LOG.info(f"The report of this run with GMT is {page}")
+        announce(LOG, f"The report of this run with GMT is {page}")
     except NothingLoggedError:
         LOG.warning(
             f"Gradient-Mask Tuning: there is no report, since this run ended after "

@@ -35,6 +35,18 @@ from axolotl_gmt.names import layer_name
 _GROUPS_AT_ONCE = 64
 
 
+def _pairs(named_parameters: object) -> Iterator[tuple[str, Tensor]]:
+    """The names and parameters, or a ``TypeError`` that says what to write."""
+    items = named_parameters if isinstance(named_parameters, Iterable) else [named_parameters]
+    for item in items:
+        if not (isinstance(item, Sequence) and len(item) == 2 and isinstance(item[0], str)):
+            raise TypeError(
+                "GradientMasker needs parameters with their names: model.named_parameters(), not "
+                f"{'model' if isinstance(item, torch.nn.Module) else 'model.parameters()'}."
+            )
+        yield item[0], item[1]
+
+
 def group_name(parameter_name: str, granularity: Granularity) -> str:
     """The group in which the entries of a parameter compete for one threshold."""
     if granularity == "global":
@@ -51,6 +63,9 @@ class GradientMasker:
             comes under several names (tied weights) is masked once; patterns may use any of them
             if they are all given (``remove_duplicate=False``).
         config: The settings; the defaults if None.
+
+    Raises:
+        TypeError: If what should be pairs of names and parameters, or a GMTConfig, is not.
 
     Attributes:
         holds: Whether weights are held, as ``hold`` says and a mask ratio of 0 forbids.
@@ -74,9 +89,14 @@ class GradientMasker:
         named_parameters: Iterable[tuple[str, Tensor]],
         config: GMTConfig | None = None,
     ) -> None:
+        if not isinstance(config, GMTConfig | None):
+            raise TypeError(
+                f"{config!r} is no GMTConfig. Write GradientMasker(model.named_parameters(), "
+                "GMTConfig(mask_ratio=0.5))."
+            )
         self.config = config or GMTConfig()
         self._names: dict[Tensor, list[str]] = defaultdict(list)
-        for name, parameter in named_parameters:
+        for name, parameter in _pairs(named_parameters):
             self._names[parameter].append(plain_name(name))
         self._selection = Selection(self.config)
         self._scorers = Scorers(self.config)

@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 
 import yaml
 
@@ -39,7 +38,9 @@ _SYSTEM = "Answer with just the number."
 
 
 class Folder:
-    """Where everything in a quickstart folder lives; absolute, so that recipes run anywhere.
+    """Where everything in a quickstart folder lives.
+
+    The recipes name it relative to the folder, so that they can be copied and shared with it.
 
     Args:
         path: The folder, which need not exist yet.
@@ -108,19 +109,21 @@ def draw_sums(seed: int = SEED) -> tuple[list[Sum], list[Sum], list[Sum]]:
     return train, preferences, held_out
 
 
-_SFT = Template("""\
-# Supervised fine-tuning with Gradient-Mask Tuning (GMT): axolotl train sft.yml --launcher python
-base_model: $base_model
+_SFT = """\
+# Supervised fine-tuning with Gradient-Mask Tuning (GMT). In the folder of this file:
+#   axolotl train sft.yml --launcher python
+base_model: ./base
 
 plugins: [axolotl_gmt]  # Turns GMT on; with gmt_mask_ratio, all that GMT needs.
 gmt_mask_ratio: 0.5     # Mask the smaller half of the gradient entries of each tensor.
+gmt_log_modules: true   # Heat maps in the report.
 
 datasets:
-  - path: $train_data
+  - path: ./train.jsonl
     ds_type: json
     type: chat_template  # The loss is that of the assistant's turns alone.
     field_messages: messages
-dataset_prepared_path: $prepared_data
+dataset_prepared_path: ./prepared
 chat_template: tokenizer_default
 sequence_len: 128
 pad_to_sequence_len: false  # Unset, every batch would be padded to 64 tokens.
@@ -143,27 +146,29 @@ attn_implementation: sdpa
 logging_steps: 1
 save_strategy: epoch
 save_only_model: true
-output_dir: $sft_output
-""")
+output_dir: ./sft
+"""
 
-_DPO = Template("""\
-# Preference tuning (DPO) with Gradient-Mask Tuning: axolotl train dpo.yml --launcher python
+_DPO = """\
+# Preference tuning (DPO) with Gradient-Mask Tuning (GMT). In the folder of this file:
+#   axolotl train dpo.yml --launcher python
 # It starts from the same model as sft.yml. To start from the tuned one, use instead:
-# base_model: $sft_output
-base_model: $base_model
+# base_model: ./sft
+base_model: ./base
 
 plugins: [axolotl_gmt]
 gmt_mask_ratio: 0.5
+gmt_log_modules: true
 
 rl: dpo
 datasets:
-  - path: $preference_data
+  - path: ./preferences.jsonl
     ds_type: json
     type: chat_template.default
     field_messages: messages
     field_chosen: chosen
     field_rejected: rejected
-dataset_prepared_path: $prepared_data
+dataset_prepared_path: ./prepared
 chat_template: tokenizer_default
 sequence_len: 128
 
@@ -185,8 +190,8 @@ attn_implementation: sdpa
 logging_steps: 1
 save_strategy: epoch
 save_only_model: true
-output_dir: $dpo_output
-""")
+output_dir: ./dpo
+"""
 
 
 def prepare(folder: Folder, report: Callable[[str], None] = print) -> None:
@@ -201,14 +206,12 @@ def prepare(folder: Folder, report: Callable[[str], None] = print) -> None:
     """
     train, preferences, held_out = draw_sums()
     rng = random.Random(SEED)
-    # A JSON string is a YAML string too, whatever characters the path has.
-    paths = {name: json.dumps(str(path), ensure_ascii=False) for name, path in vars(folder).items()}
     texts = {
         folder.train_data: _jsonl(problem.chat() for problem in train),
         folder.held_out_data: _jsonl(problem.chat() for problem in held_out),
         folder.preference_data: _jsonl(problem.preference(rng) for problem in preferences),
-        folder.sft_recipe: _SFT.substitute(paths),
-        folder.dpo_recipe: _DPO.substitute(paths),
+        folder.sft_recipe: _SFT,
+        folder.dpo_recipe: _DPO,
     }
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -299,7 +302,7 @@ def tuned_model(folder: Folder) -> Path:
     output = recipe.get("output_dir") if isinstance(recipe, dict) else None
     if not isinstance(output, str):
         raise UserError(f"{folder.sft_recipe} needs output_dir, a folder's path.")
-    return Path(output)
+    return folder.path / output
 
 
 def is_trained(model: Path) -> bool:
@@ -312,8 +315,8 @@ def is_trained(model: Path) -> bool:
 
 
 def train_command(recipe: Path) -> list[str]:
-    """The command that trains ``recipe`` with Axolotl, in one process of this interpreter."""
-    return [sys.executable, "-m", "axolotl.cli.main", "train", str(recipe), "--launcher", "python"]
+    """What trains ``recipe`` with Axolotl in one process of this interpreter, in its folder."""
+    return [sys.executable, "-m", "axolotl.cli.main", "train", recipe.name, "--launcher", "python"]
 
 
 def train(recipe: Path) -> None:
@@ -328,7 +331,8 @@ def train(recipe: Path) -> None:
         "AXOLOTL_DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    code = subprocess.run(train_command(recipe), env=environment, check=False).returncode
+    command, folder = train_command(recipe), recipe.parent
+    code = subprocess.run(command, cwd=folder, env=environment, check=False).returncode
     if code != 0:
         raise UserError(
             f"Axolotl stopped with exit code {code}; the reason is above. Run the same command "

@@ -193,9 +193,11 @@ def main() -> None:
 
     from axolotl.cli.train import do_cli
 
+    rows = options.json.resolve()
+    os.chdir(folder.path)  # The recipes' paths are relative to it.
     do_cli(str(config))
 
-    write_rows(options.json, [row_of(options.run, model, output, STEPS[options.device])])
+    write_rows(rows, [row_of(options.run, model, output, STEPS[options.device])])
     for weights in output.rglob("*.safetensors"):
         weights.unlink()
 

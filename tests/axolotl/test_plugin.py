@@ -54,6 +54,7 @@ def prepared(**settings: Any) -> dict[str, Any]:
             False,
         ),
         ({"optimizer": "lomo"}, "lomo", None),
+        ({"plugins": ["axolotl-gmt"], "optimizer": "sgd"}, "sgd", True),
         ({"plugins": ["axolotl_gmt:GMTPlugin"], "optimizer": "sgd"}, "sgd", True),
         ({"plugins": ["axolotl_gmt.GMTPlugin", "axolotl_gmt"], "optimizer": "sgd"}, "sgd", True),
     ],
@@ -95,6 +96,19 @@ def test_an_unlisted_plugin_leaves_the_config_alone() -> None:
             r"gmt_mask_rate: 0\.5 .*Did you mean gmt_mask_ratio\?",
         ),
         ({"gmt_optimizer": None}, r"gmt_optimizer: .*Did you mean gmt_base_optimizer\?"),
+        ({"GMT_mask_ratio": 0.3}, r"^GMT_mask_ratio: 0\.3 .*Did you mean gmt_mask_ratio\?"),
+        ({"gmt-mask-ratio": 0.3}, r"^gmt-mask-ratio: 0\.3 .*Did you mean gmt_mask_ratio\?"),
+        ({"gmtMaskRatio": 0.3}, r"^gmtMaskRatio: 0\.3 .*Did you mean gmt_mask_ratio\?"),
+        ({"gmtmaskratio": 0.3}, r"^gmtmaskratio: 0\.3 .*Did you mean gmt_mask_ratio\?"),
+        ({"gmt.granularity": "layer"}, r"^gmt\.granularity: .*Did you mean gmt_granularity\?"),
+        ({"gmt": 0.3}, r"^gmt: 0\.3 .*Did you mean gmt_mask_ratio\?"),
+        ({"gmt": True}, r"^gmt: True .*Did you mean gmt_enabled\?"),
+        (
+            {"gmt": {"mask_ratio": 0.3, "gmt-granularity": "layer"}},
+            r"^gmt: GMT's keys stand at the top level.*Write .*: "
+            r"gmt_mask_ratio: 0\.3, gmt_granularity: layer\.$",
+        ),
+        ({"axolotl-gmt": {"ratio": 0.3}}, r"^axolotl-gmt: .* gmt_mask_ratio: 0\.3\.$"),
         ({"gmt_base_optimizer": "gmt"}, r"gmt_base_optimizer: 'gmt' cannot step with itself"),
         ({"gmt_base_optimizer": "adamw"}, r"gmt_base_optimizer: 'adamw' is no optimizer.*adamw_"),
         ({"gmt_base_optimizer": "lomo"}, r"gmt_base_optimizer: 'lomo' updates each weight during"),
@@ -106,6 +120,31 @@ def test_bad_settings_are_refused_with_key_value_and_fix(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         prepared(optimizer="gmt", **settings)
+
+
+@pytest.mark.parametrize("listed", ["axolotl_gmt", "axolotl-gmt", "axolotl_gmt:GMTPlugin"])
+def test_plugins_as_text_are_explained(listed: str) -> None:
+    with pytest.raises(ValueError, match=rf"^plugins: '{listed}' is text.*plugins: \[{listed}\]"):
+        prepared(optimizer="sgd", plugins=listed)
+
+
+def test_what_waits_for_text_under_plugins_is_gone_when_training_begins() -> None:
+    prepared(optimizer="sgd")
+    assert all(len(name) > 1 for name in PluginManager.get_instance().plugins)
+
+
+@pytest.mark.parametrize("key", ["gmtime", "gm_t", "mask_ratio", "optimizer_gmt"])
+def test_keys_of_others_are_left_alone(key: str) -> None:
+    assert prepared(optimizer="sgd", **{key: 1})[key] == 1
+
+
+@pytest.mark.parametrize("optimizer", ["GMT", "Gmt", "axolotl_gmt"])
+@pytest.mark.parametrize("settings", [{}, {"gmt_mask_ratio": 0.3}, LISTED])
+def test_the_optimizer_in_another_spelling_is_corrected(
+    optimizer: str, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=rf"^optimizer: '{optimizer}' is spelled gmt"):
+        prepared(optimizer=optimizer, **settings)
 
 
 @pytest.mark.parametrize(
@@ -272,10 +311,14 @@ def test_keys_on_the_command_line_are_refused_not_dropped(
     option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["axolotl", "train", "sft.yml", option, "0.7"])
-    with pytest.raises(ValueError, match=r"^--gmt.mask.ratio.*Write gmt_mask_ratio: .*YAML file"):
+    message = rf"^Error: {option}( 0\.7)?: .*Write gmt_mask_ratio: 0\.7 into the YAML file"
+    with pytest.raises(SystemExit, match=message):
         prepared(optimizer="gmt")
-    with pytest.raises(ValueError, match=r"^--gmt.mask.ratio"):
+    with pytest.raises(SystemExit, match=message):
         prepared(optimizer="sgd")  # Else it would be dropped, and GMT would be off.
+    monkeypatch.setattr("sys.argv", ["axolotl", "train", option.partition("=")[0], "--debug"])
+    with pytest.raises(SystemExit, match=r"Write gmt_mask_ratio: \.\.\. into"):
+        prepared(optimizer="sgd")
     monkeypatch.setattr("sys.argv", ["another-program", option, "0.7"])
     assert prepared(optimizer="sgd") == {"optimizer": "sgd"}
 

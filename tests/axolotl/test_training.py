@@ -385,16 +385,48 @@ def test_a_bad_setting_stops_the_command_line_before_a_model_is_loaded(
     settings = {**sft_yaml, "optimizer": "gmt", "gmt_mask_ratio": 1.5, "base_model": "no/model"}
     file.write_text(yaml.safe_dump(settings))
     result = axolotl_train(file)
-    assert result.returncode != 0
-    assert "gmt_mask_ratio: 1.5 is outside [0, 1)" in result.stderr
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: gmt_mask_ratio: 1.5 is outside [0, 1)")
+    assert "Traceback" not in result.stderr
     assert "no/model" not in result.stderr
 
 
-def test_a_pattern_that_matches_nothing_stops_before_the_first_step(
+LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True} | {
+    f"lora_{part}_kernel": False  # They need a GPU.
+    for part in ("mlp", "qkv", "o")
+}
+
+
+@pytest.mark.parametrize("adapter", [{}, LORA])
+def test_a_pattern_that_matches_nothing_stops_before_weights_are_read(
+    run_axolotl: RunAxolotl, sft_yaml: dict[str, Any], tmp_path: Path, adapter: dict[str, Any]
+) -> None:
+    model = tmp_path / "without_weights"
+    ignored = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(sft_yaml["base_model"], model, ignore=ignored)
+    patterns = {"gmt_include": ["mlpp"], "base_model": str(model), **adapter}
+    with pytest.raises(SystemExit, match=r"gmt_include.*: the pattern 'mlpp' matches no trained"):
+        run_axolotl(sft_yaml, plugins=["axolotl_gmt"], **patterns)
+
+
+def test_a_pattern_that_no_config_tells_of_stops_before_the_first_step(
     run_axolotl: RunAxolotl, sft_yaml: dict[str, Any]
 ) -> None:
+    kind = {"type_of_model": "LlamaForCausalLM"}
     with pytest.raises(ValueError, match=r"gmt_include.*: the pattern 'mlpp' matches no trained"):
-        run_axolotl(sft_yaml, plugins=["axolotl_gmt"], gmt_include=["mlpp"])
+        run_axolotl(sft_yaml, plugins=["axolotl_gmt"], gmt_include=["mlpp"], **kind)
+
+
+def test_looking_at_the_names_first_changes_no_training(
+    run_axolotl: RunAxolotl, sft_yaml: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"plugins": ["axolotl_gmt"], "gmt_exclude": "lora_B", "max_steps": 1, **LORA}
+    looked = run_axolotl(sft_yaml, **settings)
+    monkeypatch.setattr("axolotl_gmt.integrations.axolotl.meta_model.check_patterns", id)
+    plain = run_axolotl(sft_yaml, **settings)
+    assert looked.weights.keys() == plain.weights.keys()
+    assert all(torch.equal(looked.weights[name], plain.weights[name]) for name in plain.weights)
 
 
 def test_statistics_reach_tensorboard(

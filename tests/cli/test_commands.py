@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from axolotl_gmt.cli import gmt
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_help_texts_import_nothing_heavy() -> None:
@@ -30,6 +33,23 @@ def test_every_command_has_a_help_text(command: list[str]) -> None:
     result = CliRunner().invoke(gmt, [*command, "--help"])
     assert result.exit_code == 0
     assert "Usage:" in result.output
+
+
+def test_the_program_of_its_own_starts_the_commands_without_axolotl() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    module, function = project["scripts"]["gmt-tools"].split(":")
+    # What pip writes into the program, but for the modules that it may have imported.
+    program = (
+        f"import sys; from {module} import {function}; sys.argv = ['gmt-tools', *sys.argv[1:]]\n"
+        f"try: {function}()\n"
+        "finally: assert not {'torch', 'transformers', 'axolotl'} & sys.modules.keys()\n"
+    )
+    command = [sys.executable, "-c", program, "recipes", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("Usage: gmt-tools recipes ")
+    command = [sys.executable, "-m", "axolotl_gmt", "recipes", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith("Usage: python -m axolotl_gmt recipes ")
 
 
 # Ctrl-C

@@ -174,8 +174,105 @@ def test_settings_come_one_way() -> None:
         GMTCallback(GMTConfig(), mask_ratio=0.5)
     with pytest.raises(ValueError, match="is outside"):
         GMTCallback(mask_ratio=1.5)
-    with pytest.raises(ValueError, match="ratio"):
-        GMTCallback(ratio=0.5)
+    for name in ("ratio", "gmt_mask_ratio", "maskRatio"):
+        with pytest.raises(ValueError, match=rf"{name}\n  there is no .*Did you mean mask_ratio\?"):
+            GMTCallback(None, **{name: 0.5})
+    with pytest.raises(TypeError, match=r"GMTCallback\(0\.5\) .*GMTCallback\(mask_ratio=0\.5\)"):
+        GMTCallback(0.5)  # type: ignore[arg-type]
+
+
+class Tracker(TrainerCallback):
+    """Reads a run's configuration and logs as Transformers' callbacks of wandb and others do."""
+
+    def __init__(self) -> None:
+        self.run_config: dict[str, Any] = {}
+        self.logs: list[dict[str, float]] = []
+        self.begun = 0
+
+    def on_train_begin(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        self.begun += 1
+        self.run_config = model.config.to_dict()
+
+    def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        self.logs.append(dict(logs))
+
+
+def test_trackers_get_the_settings_and_saved_models_do_not(toy_model: Path, tmp_path: Path) -> None:
+    tracker = Tracker()
+    gmt = GMTCallback(mask_ratio=0.7, include=["mlp"])
+    trainer = plain_trainer(
+        toy_model, tmp_path, tracker, gmt, save_strategy="steps", save_steps=1, max_steps=1
+    )
+    trainer.train()
+    assert tracker.run_config["gmt_mask_ratio"] == 0.7
+    assert tracker.run_config["gmt_include"] == ["mlp"]
+    assert tracker.run_config["gmt_seed"] == trainer.args.seed
+    assert "gmt" not in (tmp_path / "checkpoint-1" / "config.json").read_text()
+    assert not any(key.startswith("gmt") for key in trainer.model.config.to_dict())
+
+
+def test_tensorboard_has_the_settings(toy_model: Path, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = plain_trainer(
+        toy_model, tmp_path, GMTCallback(mask_ratio=0.7), report_to=["tensorboard"], max_steps=1
+    )
+    trainer.train()
+    (events,) = tmp_path.rglob("events.out.tfevents*")
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    (text,) = accumulator.Tensors("model_config/text_summary")
+    assert json.loads(text.tensor_proto.string_val[0])["gmt_mask_ratio"] == 0.7
+
+
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+@pytest.mark.parametrize("is_added_later", [False, True])
+def test_modules_reach_trackers_and_the_history_but_not_the_console(
+    toy_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    disable_tqdm: bool,
+    is_added_later: bool,
+) -> None:
+    first, last = Tracker(), Tracker()
+    gmt = GMTCallback(log_modules=True)
+    given = (first,) if is_added_later else (first, gmt)
+    trainer = plain_trainer(toy_model, tmp_path, *given, disable_tqdm=disable_tqdm)
+    if is_added_later:
+        trainer.add_callback(gmt)
+    trainer.add_callback(last)
+    for runs in (1, 2):
+        trainer.train()
+        assert first.begun == last.begun == runs
+    key = "gmt/kept_fraction/model.layers.0.mlp.down_proj"
+    of_steps = [log for log in trainer.state.log_history if "loss" in log]
+    assert all(key in log for log in of_steps)
+    for tracker in (first, last):
+        assert all(key in log for log in tracker.logs if "loss" in log)
+    printed = "".join(capsys.readouterr())
+    assert "gmt/kept_fraction" in printed
+    assert "down_proj" not in printed
+
+
+@pytest.mark.parametrize("level", [None, "INFO"])
+def test_a_script_is_told_that_gmt_is_on_and_where_the_report_is(
+    level: str | None, toy_model: Path, tmp_path: Path
+) -> None:
+    script = f"""
+import logging
+from pathlib import Path
+from axolotl_gmt import GMTCallback, GMTReportCallback
+from tests.integrations.test_callback import plain_trainer
+
+{f"logging.basicConfig(level={level!r})" if level else ""}
+callbacks = GMTCallback(mask_ratio=0.7), GMTReportCallback()
+plain_trainer(Path({str(toy_model)!r}), Path({str(tmp_path)!r}), *callbacks).train()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert result.stderr.count("Gradient-Mask Tuning: base optimizer AdamW, ratio masked 0.7") == 1
+    assert result.stderr.count(f"report of this run with GMT is {tmp_path / 'gmt_report'}") == 1
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def write(folder: Path, changes: dict[str, Any] | None = None, name: str = "conf
 
 
 def report(folder: Path, **changes: Any) -> Report:
-    return check(write(folder, changes))
+    return check(write(folder, changes), share=True)
 
 
 class SameProcess:
@@ -460,10 +460,10 @@ def test_what_should_not_be_shared_is_named_and_secrets_are_not_shown(
     assert any(line.startswith(warning) for line in found.warnings), found.warnings
     if secret is not None:
         assert secret not in json.dumps(found.as_dict())
-    kept_private = check(write(tmp_path, changes), private=True)
-    assert not any(line.startswith(warning) for line in kept_private.warnings)
+    kept = check(write(tmp_path, changes))
+    assert not any(line.startswith(warning) for line in kept.warnings)
     if secret is not None:
-        assert secret not in json.dumps(kept_private.as_dict())
+        assert secret not in json.dumps(kept.as_dict())
 
 
 @pytest.mark.parametrize(
@@ -491,7 +491,7 @@ def test_what_can_be_shared_is_good(changes: dict[str, Any], tmp_path: Path) -> 
 def test_a_token_in_a_comment_is_found(tmp_path: Path) -> None:
     file = write(tmp_path)
     file.write_text(file.read_text() + f"# export HF_TOKEN={HF_TOKEN}\n")
-    (warning,) = check(file).warnings
+    (warning,) = check(file, share=True).warnings
     assert warning.startswith(f"line {len(file.read_text().splitlines())}: *** looks like")
 
 
@@ -591,7 +591,8 @@ def test_the_exit_status_is_that_of_a_linter(tmp_path: Path) -> None:
     expected: list[tuple[list[object], int]] = [
         ([good], 0),
         ([good, good], 0),
-        ([good, warned], 1),
+        ([good, warned], 0),
+        ([good, warned, "--share"], 1),
         ([wrong], 1),
         ([missing], 2),
         ([tmp_path], 2),
@@ -601,7 +602,66 @@ def test_the_exit_status_is_that_of_a_linter(tmp_path: Path) -> None:
     ]
     for files, status in expected:
         assert run(*files).exit_code == status, files
-    assert run(warned, "--private").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_warned"),
+    [
+        ({}, True),
+        ({"bf16": "auto"}, True),
+        ({"bf16": False}, False),
+        ({"fp16": False}, False),
+        ({"fp16": True}, False),
+    ],
+)
+def test_a_precision_that_no_cpu_can_train_in_is_remarked_upon_where_no_gpu_is(
+    changes: dict[str, Any], is_warned: bool, tmp_path: Path
+) -> None:
+    file = write(tmp_path, changes)
+    for has_gpu in (False, True):
+        found = check(file, has_gpu=has_gpu)
+        assert found.ok
+        remarks = [line for line in found.remarks if line.startswith("bf16 and fp16 are unset")]
+        assert len(remarks) == (is_warned and not has_gpu)
+
+
+@pytest.mark.parametrize(("devices", "is_found"), [("", False), ("-1", False), (None, True)])
+def test_gpus_that_are_hidden_are_none(
+    devices: str | None, is_found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([Path("/dev/nvidia0")]))
+    if devices is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", devices)
+    assert child._has_gpu() is is_found
+
+
+def test_weight_decay_is_remarked_upon_where_gmt_is_on(tmp_path: Path) -> None:
+    for changes, count in (
+        ({"weight_decay": 0.01}, 1),
+        ({"weight_decay": 0.0}, 0),
+        ({}, 0),
+        ({"weight_decay": 0.01, "plugins": None}, 0),
+    ):
+        found = report(tmp_path, **changes)
+        assert sum("moves masked entries" in line for line in found.remarks) == count
+        assert found.ok
+
+
+@pytest.mark.parametrize("key", ["GMT_mask_ratio", "gmt-mask-ratio", "gmt"])
+def test_a_key_that_looks_like_gmts_is_an_error_once(key: str, tmp_path: Path) -> None:
+    found = report(tmp_path, **{key: 0.3})
+    (error,) = found.errors
+    assert error.startswith(f"{key}: 0.3 is set, but there is no such key. Did you mean gmt_mask_")
+    assert not found.warnings
+
+
+@pytest.mark.parametrize("name", ["axolotl-gmt", "axolotl_gmt"])
+def test_the_name_of_the_package_is_a_plugin_and_its_text_is_not(name: str, tmp_path: Path) -> None:
+    assert report(tmp_path, plugins=[name]).gmt.enabled  # type: ignore[union-attr]
+    (error,) = report(tmp_path, plugins=name).errors
+    assert error.endswith("is not a list of names. Write plugins: [axolotl_gmt].")
 
 
 def test_the_output_has_a_block_for_each_file_and_a_summary(
@@ -611,7 +671,8 @@ def test_the_output_has_a_block_for_each_file_and_a_summary(
     model = os.path.relpath(toy_model)
     write(tmp_path, {"base_model": model, "gmt_mask_ratio": 0.3, "gmt_include": "mlp"}, "a.yml")
     write(tmp_path, {"plugins": ["[red]x.Y"], "output_dir": "/my/out"}, "b.yml")
-    result = run("a.yml", "b.yml", "c.yml", "--gpus", "2")
+    result = run("a.yml", "b.yml", "c.yml", "--gpus", "2", "--share")
+    assert "Checking 3 files" in result.stderr
     assert result.stdout.splitlines() == [
         "a.yml: good, on 2 GPUs",
         "  GMT is on, since axolotl_gmt is listed under plugins. Base optimizer adamw_torch.",
@@ -667,8 +728,9 @@ def test_json_is_one_document_with_an_object_for_each_file(toy_model: Path, tmp_
 
 def test_the_recipes_are_good() -> None:
     for recipe in sorted((ROOT / "example_configs").glob("*.yml")):
-        found = check(recipe)
+        found = check(recipe, share=True)
         assert found.ok, found
+        assert not any("weight_decay" in remark for remark in found.remarks)
 
 
 # Nothing of a stranger runs, and nobody is called
@@ -718,7 +780,7 @@ def test_no_code_of_the_file_runs_and_no_server_is_called(tmp_path: Path) -> Non
     harmless = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
     harmless.pop("HF_HUB_OFFLINE")
     result = subprocess.run(
-        [sys.executable, "-m", "axolotl_gmt", "check", "--json", str(config)],
+        [sys.executable, "-m", "axolotl_gmt", "check", "--json", "--share", str(config)],
         cwd=tmp_path,
         env=harmless,
         capture_output=True,
@@ -747,17 +809,16 @@ def test_no_socket_is_opened_to_count_a_model(
 # Names that do not exist, and files that are not here
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_trch_fused", "GMT"])
-def test_an_optimizer_that_axolotl_cannot_make_is_an_error(optimizer: str, tmp_path: Path) -> None:
+def test_an_optimizer_that_axolotl_cannot_make_is_an_error(tmp_path: Path) -> None:
+    optimizer = "adamw_trch_fused"
     (error,) = report(tmp_path, optimizer=optimizer).errors
-    nearest = "gmt" if optimizer == "GMT" else "adamw_torch_fused"
     assert error.startswith(f"optimizer: {optimizer!r} is no optimizer that Axolotl knows")
-    assert f"The nearest are {nearest}" in error
+    assert "The nearest are adamw_torch_fused" in error
     # A plugin that is not imported may put another name in its place.
     assert not report(tmp_path, optimizer=optimizer, plugins=["axolotl_gmt", "my.Plugin"]).errors
 
 
-@pytest.mark.parametrize("name", ["axolotl-gmt", "axolotl_gtm", "axolotl_gmt.Plugin"])
+@pytest.mark.parametrize("name", ["axolotl-gnt", "axolotl_gtm", "axolotl_gmt.Plugin"])
 def test_a_misspelt_gmt_is_an_error(name: str, tmp_path: Path) -> None:
     found = report(tmp_path, plugins=[name])
     assert found.errors == [f"plugins: there is no {name!r}. Did you mean axolotl_gmt?"]
@@ -841,7 +902,7 @@ def test_the_plan_hides_secrets_and_escapes_too(tmp_path: Path) -> None:
 def test_secrets_in_comments_are_found(comment: str, is_secret: bool, tmp_path: Path) -> None:
     file = write(tmp_path)
     file.write_text(f"{file.read_text()}{comment}\n")
-    warnings = [line for line in check(file).warnings if "looks like" in line]
+    warnings = [line for line in check(file, share=True).warnings if "looks like" in line]
     assert len(warnings) == is_secret
     assert all(line.startswith("line ") for line in warnings)
 

@@ -24,7 +24,7 @@ import json, os, signal, sys, time, types
 from axolotl_gmt.tools.check import child
 from axolotl_gmt.tools.check.report import Mask, Plan, Report
 
-def check(path, gpus, private):
+def check(path, gpus, share, has_gpu):
     print("a banner")
     os.system("echo another")
     match path.name:
@@ -35,7 +35,7 @@ def check(path, gpus, private):
         case "leave": sys.exit(5)
         case "raise": raise ValueError("a secret")
     plan = Plan(True, "why", "adamw", {{"include": ("a", "b")}}, Mask(1, 2, 3, 4))
-    facts = [json.dumps((os.getpid(), gpus, private, os.environ["HF_HUB_OFFLINE"],
+    facts = [json.dumps((os.getpid(), gpus, share, os.environ["HF_HUB_OFFLINE"],
                   os.environ["CUDA_VISIBLE_DEVICES"]))]
     return Report(str(path), remarks=facts, gmt=plan)
 
@@ -62,8 +62,8 @@ def facts(report: Report) -> tuple[int, int | None, bool, str, str]:
 def test_a_report_comes_back_whole_and_one_child_serves_many_files(checker: Checker) -> None:
     name = Path("good \n\udc80 name")
     report = checker.check(name, 8, True)
-    pid, gpus, private, offline, devices = facts(report)
-    assert (gpus, private, offline, devices) == (8, True, "1", "")
+    pid, gpus, share, offline, devices = facts(report)
+    assert (gpus, share, offline, devices) == (8, True, "1", "")
     assert pid != os.getpid()
     assert report.path == str(name)
     assert report.gmt == Plan(

@@ -98,27 +98,51 @@ def test_an_interrupted_write_leaves_nothing_that_counts(
     assert not list(folder.path.glob(".*"))
 
 
-def test_recipes_name_their_files_whatever_the_folder_is_called(
-    toy_model: Path, tmp_path: Path, folder: qs.Folder
-) -> None:
+def test_a_copied_folder_names_its_own_files(folder: qs.Folder, tmp_path: Path) -> None:
+    qs.prepare(folder, lambda line: None)
     odd = qs.Folder(tmp_path / 'Zoë\'s "quick": #1 $start')
-    qs.prepare(odd, lambda line: None)
+    shutil.copytree(folder.path, odd.path)
     sft, dpo = (yaml.safe_load(path.read_text()) for path in (odd.sft_recipe, odd.dpo_recipe))
-    assert sft["base_model"] == dpo["base_model"] == str(odd.base_model)
-    assert sft["datasets"][0]["path"] == str(odd.train_data)
-    assert dpo["datasets"][0]["path"] == str(odd.preference_data)
-    assert qs.tuned_model(odd) == odd.sft_output
+    for recipe, data in ((sft, odd.train_data), (dpo, odd.preference_data)):
+        assert odd.path / recipe["base_model"] == odd.base_model
+        assert odd.path / recipe["datasets"][0]["path"] == data
+        assert odd.path / recipe["dataset_prepared_path"] == odd.prepared_data
+    assert qs.tuned_model(odd) == odd.path / sft["output_dir"] == odd.sft_output
+    assert odd.path / dpo["output_dir"] == odd.dpo_output
+
+
+@pytest.mark.parametrize("recipe", ["sft.yml", "dpo.yml"])
+def test_the_recipes_can_be_shared(
+    recipe: str, folder: qs.Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qs.prepare(folder, lambda line: None)
+    monkeypatch.chdir(folder.path)
+    result = CliRunner().invoke(gmt, ["check", "--share", recipe])
+    assert result.exit_code == 0, result.output
+    assert f"{recipe}: good" in result.stdout
+    assert "0 errors, 0 warnings, 0 remarks" in result.stdout
+
+
+def test_training_runs_in_the_folder(folder: qs.Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    qs.prepare(folder, lambda line: None)
+    program = "import pathlib, sys; pathlib.Path('here').write_text(sys.argv[1])"
+    name = qs.train_command(folder.sft_recipe)[-3]
+    monkeypatch.setattr(qs, "train_command", lambda recipe: [sys.executable, "-c", program, name])
+    qs.train(folder.sft_recipe)
+    assert (folder.path / "here").read_text() == "sft.yml"
 
 
 @pytest.mark.parametrize("recipe", ["sft_recipe", "dpo_recipe"])
 def test_axolotl_trains_the_recipes_with_half_of_the_entries_masked(
-    recipe: str, folder: qs.Folder, run_axolotl: RunAxolotl
+    recipe: str, folder: qs.Folder, run_axolotl: RunAxolotl, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qs.prepare(folder, lambda line: None)
+    monkeypatch.chdir(folder.path)
     config = yaml.safe_load(getattr(folder, recipe).read_text())
     run = run_axolotl(config, max_steps=2, micro_batch_size=2)
     assert run.kept_fractions
     assert all(0.3 < kept <= 0.51 for kept in run.kept_fractions)
+    assert list(run.output.glob("gmt_report/*by_layer.png"))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +229,7 @@ def test_prepare_only_neither_trains_nor_scores(folder: qs.Folder, trainings: li
     result = CliRunner().invoke(gmt, ["quickstart", str(folder.path), "--prepare-only"])
     assert result.exit_code == 0, result.output
     assert trainings == []
-    assert str(folder.dpo_recipe) in result.stderr
+    assert f"cd {folder.path} && axolotl train dpo.yml --launcher python" in result.stderr
 
 
 @pytest.mark.parametrize("recipe", ["{", "[1]", "learning_rate: 1\n", "output_dir: 3\n"])

@@ -80,6 +80,7 @@ def test_every_bad_setting_gets_its_line() -> None:
         GMTConfig.model_validate({"mask_ratio": 2, "granularity": "row", "typo": 1})
     lines = explain(error.value).splitlines()
     assert [line.split(":")[0] for line in lines] == ["mask_ratio", "granularity", "typo"]
+    assert lines[-1].startswith("typo: there is no such setting. Did you mean ")
 
 
 def test_the_json_schema_says_what_is_allowed() -> None:

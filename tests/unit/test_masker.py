@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -619,3 +620,25 @@ def test_without_log_modules_there_are_no_module_statistics() -> None:
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
     assert masker.module_statistics() == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        (lambda model: model.parameters(), r"model\.named_parameters\(\), not model\.parameters"),
+        (lambda model: model, r"model\.named_parameters\(\), not model\."),
+        (lambda model: torch.nn.Sequential(model), r"model\.named_parameters\(\), not model\."),
+        (lambda model: dict(model.named_parameters()), "needs parameters with their names"),
+    ],
+)
+def test_parameters_without_names_are_refused_with_what_to_write(
+    given: Callable[[torch.nn.Module], Any], instead: str
+) -> None:
+    with pytest.raises(TypeError, match=instead):
+        GradientMasker(given(torch.nn.Linear(2, 2)))
+
+
+def test_settings_that_are_no_config_are_refused_with_what_to_write() -> None:
+    parameters = torch.nn.Linear(2, 2).named_parameters()
+    with pytest.raises(TypeError, match=r"0\.5 is no GMTConfig\. Write .*mask_ratio=0\.5"):
+        GradientMasker(parameters, 0.5)  # type: ignore[arg-type]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from axolotl_gmt.report.log import parse_state
 # Axolotl shows INFO of loggers whose name starts with "axolotl"; this sets the package's level.
 LOG = get_logger("axolotl_gmt")
 
+_CHARACTERS = frozenset("".join(PLUGIN_NAMES))
+
 
 class GMTPlugin(BasePlugin):
     """Gradient-Mask Tuning for Axolotl: ``plugins: [axolotl_gmt]``."""
@@ -39,21 +43,43 @@ class GMTPlugin(BasePlugin):
         plugins = PluginManager().plugins
         for name in PLUGIN_NAMES - {NAME}:
             plugins.setdefault(name, BasePlugin())
+        # Of `plugins: axolotl_gmt` Axolotl would load each character, before `register` can say
+        # that a list is needed.
+        for character in _CHARACTERS:
+            plugins.setdefault(character, BasePlugin())
 
     def register(self, cfg: DictDefault) -> None:
         """Check the ``gmt_*`` keys of a raw config and put the base optimizer in place of `gmt`.
 
         Raises:
             ValueError: For a bad setting, naming key, value and fix.
+            SystemExit: The same, in the process of ``axolotl``, which then ends with this line and
+                not below a traceback.
         """
-        program = Path(sys.argv[0])  # Of another one an option may mean anything.
-        is_axolotl = program.name == "axolotl" or program.match("axolotl/cli/*.py")
-        if settle(cfg).enabled or is_axolotl:
-            check_command_line(sys.argv)
+        plugins = PluginManager().plugins
+        for character in _CHARACTERS:
+            plugins.pop(character, None)
+        with _last_line():
+            if settle(cfg).enabled or _is_axolotl():
+                check_command_line(sys.argv)
 
     def get_input_args(self) -> str:
         """The keys that join Axolotl's config schema."""
         return f"{GMTArgs.__module__}.GMTArgs"
+
+    def pre_model_load(self, cfg: DictDefault) -> None:
+        """Refuse patterns that match no parameter, where the model's config tells its names.
+
+        Raises:
+            ValueError: Naming the setting, the pattern and the fix.
+            SystemExit: The same, as in :meth:`register`.
+        """
+        if cfg.get("gmt_enabled"):
+            # It imports what loads models, which other commands do without.
+            from axolotl_gmt.integrations.axolotl.meta_model import check_patterns
+
+            with _last_line():
+                check_patterns(cfg)
 
     def add_callbacks_post_trainer(
         self, cfg: DictDefault, trainer: Trainer
@@ -86,6 +112,23 @@ class GMTPlugin(BasePlugin):
                 _complete_model_card(trainer)
 
         trainer.create_model_card = create_model_card_with_section
+
+
+def _is_axolotl() -> bool:
+    """Whether this process is a command of Axolotl; an option of another may mean anything."""
+    program = Path(sys.argv[0])
+    return program.name == "axolotl" or program.match("axolotl/cli/*.py")
+
+
+@contextmanager
+def _last_line() -> Iterator[None]:
+    """End a command of Axolotl with the message of an error, not with a traceback above it."""
+    try:
+        yield
+    except ValueError as error:
+        if _is_axolotl():
+            raise SystemExit(f"Error: {error}") from error
+        raise
 
 
 def _complete_model_card(trainer: Trainer) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
+from collections.abc import Mapping
 from os.path import isfile
 from pathlib import Path
 from typing import NamedTuple
@@ -24,12 +26,21 @@ from axolotl_gmt.integrations.axolotl.args import (
 )
 from axolotl_gmt.integrations.deepspeed_config import check_deepspeed_config
 
+PARALLEL_SIZES = (
+    "tensor_parallel_size",
+    "expert_parallel_size",
+    "dp_shard_size",
+    "dp_replicate_size",
+)
+"""Keys whose product is the least number of GPUs."""
+
 BARE_NAME = "axolotl_gmt"
 NAME = "axolotl_gmt.GMTPlugin"
 """The name of the entry point, under which Axolotl loads the plugin."""
 PLUGIN_NAMES = frozenset(
     {
         BARE_NAME,
+        "axolotl-gmt",  # As package indexes spell it.
         NAME,
         "axolotl_gmt.plugin.GMTPlugin",  # Where the plugin once was.
         "axolotl_gmt.integrations.axolotl.plugin.GMTPlugin",
@@ -57,7 +68,9 @@ class Switch(NamedTuple):
 
 def settle(cfg: DictDefault) -> Switch:
     """Check the ``gmt_*`` keys of a raw config and put the base optimizer in place of `gmt`."""
+    _check_plugins_are_a_list(cfg)
     _check_keys(cfg)
+    _check_spelling_of_optimizer(cfg)
     switch = _switch(cfg)
     if not switch.enabled:
         _check_nothing_is_set(cfg, sugar=cfg.get("optimizer") == "gmt")
@@ -84,13 +97,14 @@ def _switch(cfg: DictDefault) -> Switch:
 
 def check_command_line(arguments: list[str]) -> None:
     """Refuse ``--gmt-...`` options: Axolotl drops what its own schema lacks without a word."""
-    for argument in arguments:
-        option, _, value = argument.partition("=")
-        if option.startswith(("--gmt-", "--gmt_")):
-            key = option.removeprefix("--").replace("-", "_")
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        option, is_assigned, value = argument.partition("=")
+        if option.startswith("--") and looks_like_key(option.removeprefix("--")):
+            if not is_assigned and not following.startswith("--"):
+                argument, value = f"{argument} {following}", following
             raise ValueError(
                 f"{argument}: Axolotl's command line drops the keys of plugins. Write "
-                f"{key}: {value or '...'} into the YAML file."
+                f"{_nearest_key(option)}: {value or '...'} into the YAML file."
             )
 
 
@@ -98,15 +112,56 @@ def _set_keys(cfg: DictDefault) -> list[str]:
     return [key for key, value in cfg.items() if str(key).startswith(PREFIX) and value is not None]
 
 
+def _words(key: object) -> str:
+    """A key in the spelling of the keys: ``gmt-maskRatio`` as ``gmt_mask_ratio``."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", "_", str(key)).strip("_").lower()
+    return words.removeprefix("axolotl_")
+
+
+def looks_like_key(key: object) -> bool:
+    """Whether a key is meant for GMT, in whatever spelling; a key such as ``gmtime`` is not."""
+    words = _words(key)
+    return f"{words}_".startswith(PREFIX) or words in {
+        known.replace("_", "") for known in GMTArgs.model_fields
+    }
+
+
+def _nearest_key(key: object, value: object = None) -> str:
+    words = _words(key).removeprefix(PREFIX)
+    if words == "gmt":
+        return "gmt_enabled" if isinstance(value, bool) else "gmt_mask_ratio"
+    return difflib.get_close_matches(PREFIX + words, GMTArgs.model_fields, n=1, cutoff=0)[0]
+
+
+def _check_plugins_are_a_list(cfg: DictDefault) -> None:
+    plugins = cfg.get("plugins")
+    if isinstance(plugins, str):
+        raise ValueError(
+            f"plugins: {plugins!r} is text, not a list of names. Write plugins: [{plugins}]."
+        )
+
+
+def _check_spelling_of_optimizer(cfg: DictDefault) -> None:
+    optimizer = cfg.get("optimizer")
+    if optimizer != "gmt" and _words(optimizer) == "gmt":
+        raise ValueError(f"optimizer: {optimizer!r} is spelled gmt. Write optimizer: gmt.")
+
+
 def _check_keys(cfg: DictDefault) -> None:
     known = GMTArgs.model_fields
-    for key in cfg:
-        if str(key).startswith(PREFIX) and key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0)[0]
+    for key, value in cfg.items():
+        if key in known or not looks_like_key(key):
+            continue
+        if isinstance(value, Mapping):
+            lines = [f"{_nearest_key(name)}: {setting}" for name, setting in value.items()]
             raise ValueError(
-                f"{key}: {cfg[key]!r} is set, but there is no such key. Did you mean {nearest}? "
-                f"The keys are {', '.join(known)}."
+                f"{key}: GMT's keys stand at the top level of the file, not below {key}. Write "
+                f"there: {', '.join(lines) or 'gmt_mask_ratio: 0.5'}."
             )
+        raise ValueError(
+            f"{key}: {value!r} is set, but there is no such key. Did you mean "
+            f"{_nearest_key(key, value)}? The keys are {', '.join(known)}."
+        )
     for key in ("gmt_enabled", "gmt_report"):
         if not isinstance(cfg.get(key), bool | None):
             raise ValueError(f"{key}: {cfg[key]!r} is not true or false. Set one of these.")

@@ -14,8 +14,10 @@ from typing import Any
 from axolotl_gmt.config import GMTConfig
 from axolotl_gmt.errors import UserError
 from axolotl_gmt.integrations.axolotl.args import read_config
+from axolotl_gmt.integrations.axolotl.meta_model import model_on_meta, prepare_model
+from axolotl_gmt.integrations.axolotl.raw_config import looks_like_key
 from axolotl_gmt.tools.check import sharing, yaml_file
-from axolotl_gmt.tools.check.count import count, model_on_meta, prepare_model
+from axolotl_gmt.tools.check.count import count
 from axolotl_gmt.tools.check.report import Plan, Report
 from axolotl_gmt.tools.check.tokens import MARK, hide
 from axolotl_gmt.tools.check.validation import Validation, validated
@@ -26,13 +28,14 @@ MAX_LINE = 2_000
 MAX_SUGGESTIONS = 100
 
 
-def check(path: Path, gpus: int | None = None, private: bool = False) -> Report:
+def check(path: Path, gpus: int | None = None, share: bool = False, has_gpu: bool = True) -> Report:
     """Check one file, whatever it holds. Axolotl's plugins are replaced, so not beside a training.
 
     Args:
         path: A YAML file.
         gpus: How many GPUs train; by default the fewest that the config's own keys ask for.
-        private: Leave out the warnings of what should not be shared.
+        share: Warn also of what should not be shared.
+        has_gpu: Whether this machine has one, without which Axolotl chooses another precision.
     """
     report = Report(str(path))
     try:
@@ -44,7 +47,9 @@ def check(path: Path, gpus: int | None = None, private: bool = False) -> Report:
     else:
         shared = sharing.look_over(raw, text)
         _check_config(report, shared.config, gpus)
-        if not private:
+        if not has_gpu:
+            report.remarks += _remarks_on_precision(shared.config)
+        if share:
             report.warnings += shared.warnings
             report.remarks += shared.remarks
     said = {key: _shown(getattr(report, key)) for key in ("errors", "warnings", "remarks", "gmt")}
@@ -82,6 +87,7 @@ def _check_config(report: Report, raw: Mapping[str, object], gpus: int | None) -
     name = getattr(optimizer, "value", optimizer)  # Axolotl's default is a member of an enum.
     report.gmt = Plan(*result.switch, base_optimizer=name if isinstance(name, str) else None)
     if result.switch.enabled:
+        report.remarks += _remarks_on_decay(result.config)
         settings = read_config(result.config)
         report.gmt.settings = settings.model_dump()
         if report.errors:
@@ -90,13 +96,34 @@ def _check_config(report: Report, raw: Mapping[str, object], gpus: int | None) -
             _count(report, report.gmt, result, settings)
 
 
+def _remarks_on_precision(raw: Mapping[str, object]) -> list[str]:
+    """Without a GPU Axolotl trains in float16 unless told, and the CPU's first product fails."""
+    chosen = ("bf16", "bfloat16", "fp16", "float16", "use_ray")
+    if any(raw.get(key) not in (None, "auto") for key in chosen):
+        return []
+    return [
+        "bf16 and fp16 are unset, and this machine has no GPU: here Axolotl would choose fp16, in "
+        "which a CPU cannot train. To train here set bf16: false and fp16: false."
+    ]
+
+
+def _remarks_on_decay(cfg: Mapping[str, Any]) -> list[str]:
+    decay = cfg.get("weight_decay")
+    if not isinstance(decay, int | float) or decay <= 0:
+        return []
+    return [
+        f"weight_decay: {decay!r} moves masked entries too, since it needs no gradient. The paper "
+        "trains with 0."
+    ]
+
+
 def _check_keys(report: Report, raw: Mapping[str, object], result: Validation) -> None:
     """Warn of keys that nobody reads; those of plugins that are not imported are not known."""
     refused = " ".join(result.errors)  # Axolotl names keys that it read in former versions.
     unknown = [
         key
         for key in raw
-        if not (key in result.known_keys or key.startswith("gmt_") or f"`{key}`" in refused)
+        if not (key in result.known_keys or looks_like_key(key) or f"`{key}`" in refused)
     ]
     perhaps = []
     for index, key in enumerate(unknown):

@@ -29,6 +29,7 @@ SECONDS = 60
 GIBIBYTES = 8
 
 _OUT_OF_MEMORY = 3
+_HAS_GPU = "AXOLOTL_GMT_CHECK_HAS_GPU"  # The child itself is to find none.
 _ENVIRONMENT = {
     "AXOLOTL_DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
@@ -63,7 +64,7 @@ class Checker:
         if self._child:
             self._end(self._child)
 
-    def check(self, path: Path, gpus: int | None = None, private: bool = False) -> Report:
+    def check(self, path: Path, gpus: int | None = None, share: bool = False) -> Report:
         """Check one file, whatever it holds, as :func:`axolotl_gmt.tools.check.check.check` does.
 
         Raises:
@@ -73,7 +74,7 @@ class Checker:
         assert child.stdin
         assert child.stdout
         with suppress(BrokenPipeError):  # Its end is told below.
-            print(json.dumps([str(path), gpus, private]), file=child.stdin, flush=True)
+            print(json.dumps([str(path), gpus, share]), file=child.stdin, flush=True)
         try:
             return _REPORT.validate_python(json.loads(child.stdout.readline()))
         except (json.JSONDecodeError, ValidationError):
@@ -81,7 +82,12 @@ class Checker:
 
     def _start(self) -> subprocess.Popen[str]:
         # Modules are imported from where this process finds them, and from no other folder.
-        environment = {**os.environ, **_ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment = {
+            **os.environ,
+            **_ENVIRONMENT,
+            _HAS_GPU: "yes" if _has_gpu() else "no",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
         with tempfile.TemporaryFile("w+", errors="replace") as messages:
             child = self._child = subprocess.Popen(
                 [*self.command, str(self._seconds)],
@@ -125,6 +131,14 @@ class Checker:
         )
 
 
+def _has_gpu() -> bool:
+    """Whether a training here would find a GPU, as device files say; importing torch takes long."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    devices = ("nvidia[0-9]*", "kfd", "dxg", "davinci[0-9]*")  # NVIDIA, AMD, WSL, Ascend.
+    return sys.platform == "darwin" or any(any(Path("/dev").glob(name)) for name in devices)
+
+
 def serve(seconds: int) -> None:
     """Check the files that are named on stdin, until it ends; each for so long at most."""
     answers = os.fdopen(os.dup(1), "w")
@@ -132,6 +146,7 @@ def serve(seconds: int) -> None:
     from axolotl_gmt.tools.check.check import check
     from axolotl_gmt.tools.check.validation import build_schema_once
 
+    has_gpu = os.environ.get(_HAS_GPU) == "yes"
     build_schema_once()
     print("ready", file=answers, flush=True)
     os.dup2(1, 2)
@@ -139,10 +154,10 @@ def serve(seconds: int) -> None:
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         resource.setrlimit(resource.RLIMIT_DATA, (GIBIBYTES << 30, hard))
     for line in sys.stdin:
-        path, gpus, private = json.loads(line)
+        path, gpus, share = json.loads(line)
         signal.alarm(seconds)  # Which ends this process, whatever it is in.
         try:
-            report = check(Path(path), gpus, private)
+            report = check(Path(path), gpus, share, has_gpu)
         except MemoryError:
             os._exit(_OUT_OF_MEMORY)
         except Exception as error:  # Its text may quote a secret.

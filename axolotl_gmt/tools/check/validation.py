@@ -40,6 +40,7 @@ from axolotl_gmt.integrations.axolotl.plugin import GMTPlugin
 from axolotl_gmt.integrations.axolotl.raw_config import (
     BARE_NAME,
     NAME,
+    PARALLEL_SIZES,
     PLUGIN_NAMES,
     Switch,
     check_known_optimizer,
@@ -48,14 +49,6 @@ from axolotl_gmt.integrations.axolotl.raw_config import (
 
 # Their code is Axolotl's or GMT's own.
 _TRUSTED = {*PLUGIN_NAMES, *BUILTIN_PLUGINS}
-
-# Keys whose product is the least number of GPUs.
-PARALLEL_SIZES = (
-    "tensor_parallel_size",
-    "expert_parallel_size",
-    "dp_shard_size",
-    "dp_replicate_size",
-)
 
 # What a path of this machine looks like, where a name on the hub could stand as well.
 _LOCAL = re.compile(r"(?!.*://)(?:\.{0,2}/.*|~.*|.*\.(?:jsonl?|parquet|csv|arrow|txt))")
