@@ -207,7 +207,7 @@ class GMTCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Put the masks that stay into the checkpoint that the trainer has just saved."""
-        if self._masker is not None and self._masker.keeps_masks:
+        if self._masker is not None and self._masker.keeps_masks and not args.save_only_model:
             path = _masks_in(_checkpoint(args, state), args)
             mask_files.save(path, self._masker.state_dict())
 

@@ -199,6 +199,43 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     assert_same_weights(whole, resumed)
 
 
+def test_a_resumed_run_goes_on_with_its_mask(
+    run_axolotl: RunAxolotl, sft_yaml: dict[str, Any]
+) -> None:
+    """The checkpoint is outside the output folder, so that Axolotl's YAML alone says where."""
+    sparse = {"gmt_mask_interval": "once", "gmt_hold": True, "gmt_mask_ratio": 0.9}
+    config = {**sft_yaml, "plugins": ["axolotl_gmt"], "max_steps": 4, "save_steps": 2, **sparse}
+    whole = run_axolotl(config)
+    checkpoint = whole.output.parent / "checkpoint-2"
+    shutil.copytree(whole.output / "checkpoint-2", checkpoint)
+    resumed = run_axolotl(config, resume_from_checkpoint=str(checkpoint))
+    assert len(resumed.gradients) == 2
+    assert_same_weights(whole, resumed)
+    shutil.rmtree(checkpoint / "gmt_masks")
+    with pytest.raises(ValueError, match="cannot go on with the masks"):
+        run_axolotl(config, resume_from_checkpoint=str(checkpoint))
+
+
+def test_one_mask_and_held_weights_change_the_entries_of_the_first_mask_alone(
+    run_axolotl: RunAxolotl, sft_yaml: dict[str, Any], toy_model: Path
+) -> None:
+    run = run_axolotl(
+        sft_yaml,
+        plugins=["axolotl_gmt"],
+        gmt_mask_ratio=0.95,
+        gmt_mask_interval="once",
+        gmt_hold=True,
+        weight_decay=0.1,
+        max_steps=5,
+    )
+    assert len(run.gradients) == 5
+    before = load_file(toy_model / "model.safetensors")
+    masks = {name: g != 0 for name, g in reference_step(run.gradients[0], 0.95).items()}
+    assert masks.keys() == before.keys()
+    for name, weight in before.items():
+        assert torch.equal(run.weights[name] != weight, masks[name]), name
+
+
 def test_packed_sft(run_axolotl: RunAxolotl, sft_yaml: dict[str, Any]) -> None:
     run = run_axolotl(
         sft_yaml, plugins=["axolotl_gmt"], sample_packing=True, micro_batch_size=1, max_steps=2

@@ -108,6 +108,28 @@ def test_criteria_choose_the_mask_of_one_process(processes: int, case: str) -> N
         assert f"ok {case} {name}" in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("processes", "case"),
+    [
+        (2, "ddp"),
+        (2, "fsdp2_cpu_offload"),
+        (2, "tp"),
+        (4, "fsdp2"),
+        (4, "hsdp"),
+        (2, "zero_1"),
+        (2, "zero_2"),
+        (2, "zero_3"),
+        (2, "zero_3_cpu_offload"),
+    ],
+)
+def test_masks_that_stay_and_held_weights_are_those_of_one_process(
+    processes: int, case: str
+) -> None:
+    result = torchrun(processes, "tests.distributed.sparse_cases", case)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    assert f"ok {case} sparse" in result.stdout
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("case", ON_BOTH)
 def test_ranks_agree_or_all_of_them_say_who_does_not(processes: int, case: str) -> None:

@@ -124,6 +124,15 @@ def test_a_run_whose_masks_do_not_stay_writes_none(toy_model: Path, tmp_path: Pa
         assert not list(tmp_path.rglob(mask_files.FOLDER))
 
 
+def test_a_checkpoint_that_no_run_resumes_from_has_no_masks(
+    toy_model: Path, tmp_path: Path
+) -> None:
+    settings = {**SAVING, "save_only_model": True}
+    plain_trainer(toy_model, tmp_path, GMTCallback(**SPARSE), **settings).train()
+    assert (tmp_path / "checkpoint-7").is_dir()
+    assert not list(tmp_path.rglob(mask_files.FOLDER))
+
+
 def test_masks_take_an_eighth_of_a_byte_an_entry(whole: Path, toy_model: Path) -> None:
     state = mask_files.load(mask_files.path_in(whole / "checkpoint-3", 0, 1))
     entries = sum(w.numel() for w in torch.load(whole / "final.pt").values())
