@@ -33,24 +33,20 @@ class Overlap:
         self._before: dict[str, Tensor] = {}
         self._step = 0
         self._step_before = 0  # From 1; 0 if the statistics have not been read yet.
-        self._is_read = False
         self._gradients: StepGradients | None = None
 
     def begin_step(self, step: int, gradients: StepGradients) -> None:
         """The masks of ``step`` come next, which mask ``gradients``."""
-        if self._is_read:
-            self._before = dict(self._now)
-            self._step_before = self._step
-            self._is_read = False
         self._step = step + 1
         self._gradients = gradients
 
     def read(self) -> None:
-        """The statistics of the step just made are read.
+        """The statistics of the step just made are read, so later steps are compared with it.
 
-        The next step begins by what this leaves, so that reading twice is reading once.
+        What is read is counted already, so that reading twice is reading once.
         """
-        self._is_read = True
+        self._before = dict(self._now)
+        self._step_before = self._step
 
     def count(self, shards: Sequence[Shard]) -> Tensor:
         """Note what ``shards``, which lie on one device and have just been masked, have kept.
