@@ -57,7 +57,7 @@ steps = st.lists(
         }
     ),
 )
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 def test_the_numbers_are_those_of_sets(
     sizes: list[int], steps: Any, seed: int, dtype: torch.dtype, config: dict[str, Any]
 ) -> None:
