@@ -193,6 +193,11 @@ class GMTConfig(BaseModel):
         description="Whether the statistics of each module join the training log: "
         "`gmt/kept_fraction/MODULE`, `gmt/grad_norm_kept/MODULE` and `gmt/l1_kept/MODULE`.",
     )
+    log_overlap: bool = Field(
+        default=False,
+        description="Whether the log tells how masks change over time: `gmt/mask_overlap`, "
+        "`gmt/mask_overlap_by_chance` and `gmt/ever_kept`. Costs 3 bits an entry.",
+    )
 
     @model_validator(mode="wrap")
     @classmethod

@@ -28,7 +28,17 @@ RECORD = "GMTCallback"
 KEPT_FRACTION = "gmt/kept_fraction"
 GRAD_NORM_KEPT = "gmt/grad_norm_kept"
 L1_KEPT = "gmt/l1_kept"
-STATISTICS = (KEPT_FRACTION, GRAD_NORM_KEPT, L1_KEPT)
+MASK_OVERLAP = "gmt/mask_overlap"
+MASK_OVERLAP_BY_CHANCE = "gmt/mask_overlap_by_chance"
+EVER_KEPT = "gmt/ever_kept"
+STATISTICS = (
+    KEPT_FRACTION,
+    GRAD_NORM_KEPT,
+    L1_KEPT,
+    MASK_OVERLAP,
+    MASK_OVERLAP_BY_CHANCE,
+    EVER_KEPT,
+)
 """Keys in a log; with ``/MODULE`` behind them, those of one module."""
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]

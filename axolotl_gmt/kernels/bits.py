@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+# Bytes, a multiple of 8; bounds the memory of the sums (32 MiB each).
+_COUNTED_AT_ONCE = 1 << 25
+
 
 def pack(
     flags: Callable[[int, int], Tensor], entries: int, chunk: int, device: torch.device
@@ -38,6 +41,30 @@ def unpack(bits: Tensor, start: int, stop: int) -> Tensor:
         flags = np.unpackbits(part.numpy(), count=stop - start, bitorder="little")
         return torch.from_numpy(flags).view(torch.bool)
     return ((part[:, None] >> _shifts(part)) & 1).view(-1)[: stop - start].bool()
+
+
+def count(bits: Tensor) -> Tensor:
+    """How many of ``bits``, which lie contiguously, are 1: int64 ``()`` on their device."""
+    if bits.is_cpu:
+        words = len(bits) & -8
+        parts = bits[:words].numpy().view(np.uint64), bits[words:].numpy()
+        return torch.tensor(sum(int(np.bitwise_count(p).sum()) for p in parts), device="cpu")
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for part in bits.split(_COUNTED_AT_ONCE):
+        total += _ones(pad(part, (0, -len(part) % 8)).view(torch.int64)).sum()
+    return total
+
+
+def _ones(words: Tensor) -> Tensor:
+    """How many bits of each int64 are 1: sums of neighbouring bits, of pairs, then of fours.
+
+    Source: Warren, Hacker's Delight, 2nd edition, section 5-1. The shifts copy the sign, which the
+    masks cut off; the last has no sign to copy.
+    """
+    words = words - ((words >> 1) & 0x5555555555555555)
+    words = (words & 0x3333333333333333) + ((words >> 2) & 0x3333333333333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return (words * 0x0101010101010101) >> 56
 
 
 def _pack(flags: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from axolotl_gmt.kernels.dispatch import mask_below_
 from axolotl_gmt.kernels.scores import Given, Magnitudes, Scores
 from axolotl_gmt.masking.hold import HeldWeights, bytes_copied, check_can_hold
 from axolotl_gmt.masking.kept import KEPT, KeptMasks
+from axolotl_gmt.masking.overlap import Overlap
 from axolotl_gmt.masking.scorers import Scorers
 from axolotl_gmt.masking.selection import Selection
 from axolotl_gmt.masking.statistics import Statistics
@@ -101,6 +102,7 @@ class GradientMasker:
         self._selection = Selection(self.config)
         self._scorers = Scorers(self.config)
         self._statistics: Statistics | None = None
+        self._overlap = Overlap() if self.config.log_overlap else None
         # A mask ratio of 0 masks nothing, so there is nothing to hold or to keep.
         masks = self.config.mask_ratio > 0
         self.holds = masks and self.config.hold
@@ -159,8 +161,17 @@ class GradientMasker:
             ``grad_norm_kept``: norm of the masked gradient over norm of the gradient, 1 if both
             are 0.
             ``l1_kept``: the same of their L1 norms, the sums of the magnitudes.
+            With ``log_overlap`` also ``mask_overlap``: of the entries kept now or at the step at
+            which this was last called before, the share kept at both (Jaccard);
+            ``mask_overlap_by_chance``: what random masks that keep as much of each tensor would
+            have; and ``ever_kept``: entries kept at one step of this masker at least, over all.
+            The first two are 1 if nothing was kept at either step, and absent if there was no step
+            before. Ranks that share a tensor must call this, or :meth:`module_statistics`, at the
+            same steps; else the first two are absent too. None of them waits for another.
         """
         self._scorers.check()
+        if self._overlap is not None:
+            self._overlap.read()
         return self._statistics.overall() if self._statistics else {}
 
     def module_statistics(self) -> dict[str, dict[str, float]]:
@@ -172,10 +183,12 @@ class GradientMasker:
         """
         if not (self.config.log_modules and self._statistics):
             return {}
+        if self._overlap is not None:
+            self._overlap.read()
         return self._statistics.of_modules(names[0] for names in self._names.values())
 
     def extra_bytes(self, optimizer: object) -> int:
-        """Bytes that ``hold`` copies at a time and that a mask that stays takes, in this process.
+        """Bytes of ``hold``'s copy, a mask that stays and ``log_overlap``, in this process.
 
         Raises:
             ValueError: If the optimizer steps a tensor that is not among the named parameters.
@@ -185,7 +198,8 @@ class GradientMasker:
         entries = sum(gradients.local_weight(parameter).numel() for parameter in masked)
         copied = bytes_copied(gradients, masked) if self.holds else 0
         # Held weights need a bit too, which tells where a gradient is 0.
-        return copied + (self.holds + (self._kept is not None)) * entries // 8
+        bits = self.holds + (self._kept is not None) + 3 * self.config.log_overlap
+        return copied + bits * entries // 8
 
     def state_dict(self) -> dict[str, Any]:
         """What a run must take over to go on with the same masks.
@@ -251,7 +265,9 @@ class GradientMasker:
         masked = self._selection.masked(gradients)
         self._scorers.ask(masked)
         shards = self._shards_together(masked, gradients)
-        statistics = Statistics(by_tensor=self.config.log_modules)
+        if self._overlap is not None:
+            self._overlap.begin_step(step, gradients)
+        statistics = Statistics(self.config.log_modules, self._overlap)
         if step < self.config.warmup_steps:
             self._mask_whole(shards, statistics, keeps=True)
         else:

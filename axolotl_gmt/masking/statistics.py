@@ -11,6 +11,7 @@ from torch import Tensor
 
 from axolotl_gmt.gradients.shard import Ranks, Shard, sum_over_ranks
 from axolotl_gmt.kernels.contract import TOTALS
+from axolotl_gmt.masking.overlap import Overlap
 from axolotl_gmt.names import module_name
 
 
@@ -19,10 +20,13 @@ class Statistics:
 
     Args:
         by_tensor: Whether the totals of each tensor are kept apart, for statistics of modules.
+        overlap: Counts what each tensor has kept before and now, if that is wanted; keeps totals
+            apart as well.
     """
 
-    def __init__(self, by_tensor: bool) -> None:
-        self._by_tensor = by_tensor
+    def __init__(self, by_tensor: bool, overlap: Overlap | None = None) -> None:
+        self._by_tensor = by_tensor or overlap is not None
+        self._overlap = overlap
         self._local: dict[tuple[torch.device, Ranks], list[tuple[list[str], Tensor]]] = defaultdict(
             list
         )
@@ -36,6 +40,8 @@ class Statistics:
             totals: float64 ``(shards, TOTALS)``, see
                 :meth:`~axolotl_gmt.kernels.contract.Backend.mask_below_`.
         """
+        if self._overlap is not None:  # As more columns, they are summed over ranks with these.
+            totals = torch.cat([totals, self._overlap.count(shards)], 1)
         if not self._by_tensor:
             totals = totals.sum(0, keepdim=True)
         key = (totals.device, shards[0].ranks)
@@ -53,10 +59,14 @@ class Statistics:
 
     def overall(self) -> dict[str, float]:
         """The statistics of all tensors; empty if there were none."""
-        total = torch.zeros(TOTALS, dtype=torch.float64)
-        for _, part in self._totals:
-            total += part.cpu().sum(0)
-        return _statistics(total)
+        total = torch.zeros(TOTALS, dtype=torch.float64, device="cpu")
+        counts: list[tuple[str, Tensor]] = []
+        for tensors, part in self._totals:
+            rows = part.cpu()
+            total += rows[:, :TOTALS].sum(0)
+            if self._overlap is not None:
+                counts += zip(tensors, rows[:, TOTALS:], strict=True)
+        return self._of(total, counts)
 
     def of_modules(self, names: Iterable[str]) -> dict[str, dict[str, float]]:
         """The statistics of each module that has any.
@@ -64,13 +74,24 @@ class Statistics:
         Args:
             names: Names of all parameters, in the order in which their modules are wanted.
         """
-        totals: dict[str, Tensor] = defaultdict(lambda: torch.zeros(TOTALS, dtype=torch.float64))
+        totals: dict[str, Tensor] = defaultdict(
+            lambda: torch.zeros(TOTALS, dtype=torch.float64, device="cpu")
+        )
+        counts: dict[str, list[tuple[str, Tensor]]] = defaultdict(list)
         for tensors, part in self._totals:
-            for name, total in zip(tensors, part.cpu(), strict=True):
-                totals[module_name(name)] += total
+            for name, row in zip(tensors, part.cpu(), strict=True):
+                totals[module_name(name)] += row[:TOTALS]
+                counts[module_name(name)].append((name, row[TOTALS:]))
         modules = [module for module in dict.fromkeys(map(module_name, names)) if module in totals]
-        statistics = {module: _statistics(totals[module]) for module in modules}
+        statistics = {module: self._of(totals[module], counts[module]) for module in modules}
         return {module: numbers for module, numbers in statistics.items() if numbers}
+
+    def _of(self, total: Tensor, counts: Sequence[tuple[str, Tensor]]) -> dict[str, float]:
+        """What the totals, and the counts of each tensor, say; empty if there are no entries."""
+        statistics = _statistics(total)
+        if statistics and self._overlap is not None:
+            statistics |= self._overlap.statistics(counts)
+        return statistics
 
 
 def _statistics(total: Tensor) -> dict[str, float]:

@@ -24,9 +24,12 @@ from axolotl_gmt.config import GMTConfig
 from axolotl_gmt.errors import UserError
 from axolotl_gmt.names import kind_name, place
 from axolotl_gmt.record import (
+    EVER_KEPT,
     GRAD_NORM_KEPT,
     KEPT_FRACTION,
     L1_KEPT,
+    MASK_OVERLAP,
+    MASK_OVERLAP_BY_CHANCE,
     STATE_FILE,
     STATISTICS,
     RunState,
@@ -202,6 +205,9 @@ class TrainingLog:
             "mean_kept_fraction": self.mean(KEPT_FRACTION),
             "mean_grad_norm_kept": self.mean(GRAD_NORM_KEPT),
             "mean_l1_kept": self.mean(L1_KEPT),
+            "mean_mask_overlap": self.mean(MASK_OVERLAP),
+            "mean_mask_overlap_by_chance": self.mean(MASK_OVERLAP_BY_CHANCE),
+            "final_ever_kept": self.last(EVER_KEPT),
             "modules": {key: modules.means() for key, modules in self.modules.items()},
         }
 

@@ -19,7 +19,15 @@ from matplotlib.figure import Figure
 from axolotl_gmt import __version__
 from axolotl_gmt.errors import UserError
 from axolotl_gmt.files import whole
-from axolotl_gmt.record import GRAD_NORM_KEPT, KEPT_FRACTION, L1_KEPT, STATISTICS
+from axolotl_gmt.record import (
+    EVER_KEPT,
+    GRAD_NORM_KEPT,
+    KEPT_FRACTION,
+    L1_KEPT,
+    MASK_OVERLAP,
+    MASK_OVERLAP_BY_CHANCE,
+    STATISTICS,
+)
 from axolotl_gmt.report import figures
 from axolotl_gmt.report.log import Grid, TrainingLog
 
@@ -29,6 +37,9 @@ _NAMES = {
     KEPT_FRACTION: "kept fraction",
     GRAD_NORM_KEPT: "gradient norm kept",
     L1_KEPT: "L1 norm kept",
+    MASK_OVERLAP: "mask overlap",
+    MASK_OVERLAP_BY_CHANCE: "mask overlap by chance",
+    EVER_KEPT: "ever kept",
 }
 _MOST_ROWS = 40
 _LONGEST_LABEL = 44
@@ -99,6 +110,9 @@ def facts(log: TrainingLog) -> list[tuple[str, str]]:
         ("Kept fraction, mean", KEPT_FRACTION, log.mean, ".2%"),
         ("Gradient norm kept, mean", GRAD_NORM_KEPT, log.mean, ".2%"),
         ("L1 norm kept, mean", L1_KEPT, log.mean, ".2%"),
+        ("Mask overlap, mean", MASK_OVERLAP, log.mean, ".2%"),
+        ("Mask overlap by chance, mean", MASK_OVERLAP_BY_CHANCE, log.mean, ".2%"),
+        ("Ever kept, final", EVER_KEPT, log.last, ".2%"),
     ):
         if key in log.curves:
             value = number(key)
@@ -141,6 +155,18 @@ def _charts(log: TrainingLog) -> Iterator[Picture]:
     yield from _chart(log, "Kept fraction", {"kept": KEPT_FRACTION}, kept, target)
     yield from _chart(log, "Gradient norm kept", {"kept": GRAD_NORM_KEPT}, norm, random)
     yield from _chart(log, "L1 norm kept", {"kept": L1_KEPT}, l1_norm, l1_random)
+    overlap = (
+        "Entries kept both at this step and at the previous logged one, over those kept at either. "
+        "By chance: what two random masks that keep as much of each tensor would have; the further "
+        "above it, the longer the mask stays with the same entries."
+    )
+    overlaps = {"measured": MASK_OVERLAP, "by chance": MASK_OVERLAP_BY_CHANCE}
+    yield from _chart(log, "Mask overlap", overlaps, overlap)
+    ever = (
+        "Entries kept at one step at least since training began or was last resumed, over all "
+        "entries under the mask."
+    )
+    yield from _chart(log, "Ever kept", {"kept so far": EVER_KEPT}, ever)
     rate = "Learning rate of the base optimizer at each logged step."
     yield from _chart(log, "Learning rate", {"learning rate": "learning_rate"}, rate)
 

@@ -42,6 +42,11 @@ ON_TWO = [
     "zero_3_clipped",
     "zero_3_cpu_offload",
     "deepspeed_trainer",
+    "mask_overlap_ddp",
+    "mask_overlap_fsdp2",
+    "mask_overlap_of_gradients_missing_on_one_rank",
+    "mask_overlap_zero_2",
+    "mask_overlap_zero_3",
 ]
 ON_FOUR = ["fsdp2", "hsdp", "fsdp2_and_tp", "random_shardings"]
 ON_BOTH = [

@@ -27,6 +27,7 @@ from axolotl_gmt.criteria import DROP, KEEP
 from axolotl_gmt.gradients.shard import plain_name
 from axolotl_gmt.masking.masker import group_name
 from tests.reference.gmt_reference import masked_by
+from tests.reference.overlap_reference import MaskHistory
 
 GRANULARITIES: tuple[Any, ...] = ("tensor", "layer", "global")
 STEPS = 3
@@ -773,6 +774,156 @@ def deepspeed_trainer() -> None:
         assert all(0.2 < fraction < 0.3 for fraction in kept), kept
 
 
+def follow_masks(
+    masker: GradientMasker,
+    sizes: dict[str, int],
+    make_step: Callable[[int], dict[str, Tensor]],
+    are_shared: bool,
+) -> None:
+    """Compare what is said of the overlap of masks with one process that sees all of them.
+
+    ``make_step`` makes a step and returns its masked gradients, each of them whole.
+    """
+    history = MaskHistory(sizes)
+
+    def check(step: int) -> None:
+        logged, expected = masker.statistics(), history.log([*sizes])
+        assert {key: logged.get(key) for key in expected} == expected, (step, logged, expected)
+        assert ("mask_overlap" in logged) == ("mask_overlap" in expected)
+
+    for step in range(6):
+        history.step(make_step(step))
+        for _ in range((0, 1, 2, 0, 0, 1)[step]):
+            check(step)
+    # One rank reads alone: nobody waits for it, and no number is one of different steps.
+    history.step(make_step(6))
+    if dist.get_rank() == 0:
+        masker.statistics()
+    history.step(make_step(7))
+    assert ("mask_overlap" in masker.statistics()) != are_shared
+    history.log([*sizes])
+    history.step(make_step(8))
+    check(8)
+
+
+def sizes_of(model: nn.Module) -> dict[str, int]:
+    return {plain_name(name): parameter.numel() for name, parameter in model.named_parameters()}
+
+
+def follow_masks_of(model: nn.Module, are_shared: bool, log_modules: bool) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    config = GMTConfig(mask_ratio=0.7, log_overlap=True, log_modules=log_modules)
+    masker = GradientMasker(model.named_parameters(), config)
+    masker.attach(optimizer)
+
+    def make_step(step: int) -> dict[str, Tensor]:
+        optimizer.zero_grad()
+        loss_of(model(batch(step, dist.get_rank()))).backward()
+        optimizer.step()
+        named = model.named_parameters()
+        return {plain_name(name): full(p.grad) for name, p in named if p.grad is not None}
+
+    follow_masks(masker, sizes_of(model), make_step, are_shared)
+
+
+def mask_overlap_ddp() -> None:
+    model = nn.parallel.DistributedDataParallel(Toy(), find_unused_parameters=False)
+    follow_masks_of(model, are_shared=False, log_modules=False)
+
+
+def mask_overlap_fsdp2() -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for log_modules in (False, True):
+        model = Toy()
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        follow_masks_of(model, are_shared=True, log_modules=log_modules)
+
+
+def mask_overlap_of_gradients_missing_on_one_rank() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weights = sharded_weights(mesh=mesh)
+    optimizer = torch.optim.SGD(weights.values(), lr=0.0)
+    masker = GradientMasker(weights.items(), GMTConfig(log_overlap=True))
+    masker.attach(optimizer)
+
+    def make_step(step: int) -> dict[str, Tensor]:
+        for index, weight in enumerate(weights.values()):
+            generator = torch.Generator().manual_seed(100 * step + index)
+            whole = torch.randn(weight.shape, generator=generator)
+            weight.grad = distribute_tensor(whole, mesh, [Shard(0)])
+            if step % 3 == index and dist.get_rank() == 0:
+                weight.grad = None
+        optimizer.step()
+        masked = {}
+        for name, weight in weights.items():
+            local = torch.zeros(2, 64) if weight.grad is None else full_local(weight.grad)
+            parts = [torch.empty(2, 64) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, local)
+            masked[name] = torch.cat(parts)
+        return masked
+
+    follow_masks(masker, {name: w.numel() for name, w in weights.items()}, make_step, True)
+
+
+def full_local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local().contiguous()
+
+
+def mask_overlap_zero(stage: int) -> None:
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    model, plain = Toy(), Toy()
+    sizes = sizes_of(model)
+    names = list(model.named_parameters())
+    engine, optimizer, _, _ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=LR),
+        config={
+            "train_micro_batch_size_per_gpu": 4,
+            "zero_optimization": {"stage": stage},
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,
+        },
+    )
+    config = GMTConfig(mask_ratio=0.7, log_overlap=True)
+    masker = GradientMasker(engine.module.named_parameters(), config)
+    masker.attach(optimizer)
+
+    def make_step(step: int) -> dict[str, Tensor]:
+        with torch.no_grad():
+            of_plain = dict(plain.named_parameters())
+            for name, parameter in names:
+                weight = safe_get_full_fp32_param(parameter)
+                of_plain[name].copy_(weight.view_as(of_plain[name]))
+        plain.zero_grad()
+        loss_of(plain(batch(step, dist.get_rank()))).backward()
+        gradients = {}
+        for name, parameter in of_plain.items():
+            assert parameter.grad is not None
+            dist.all_reduce(parameter.grad)
+            gradients[name] = parameter.grad / dist.get_world_size()
+        engine.backward(loss_of(engine(batch(step, dist.get_rank()))))
+        engine.step()
+        return expected_step(gradients, 0.7, "tensor", {}, step)
+
+    follow_masks(masker, sizes, make_step, are_shared=True)
+    engine.destroy()
+
+
+def mask_overlap_zero_2() -> None:
+    mask_overlap_zero(2)
+
+
+def mask_overlap_zero_3() -> None:
+    mask_overlap_zero(3)
+
+
 CASES = {
     case.__name__: case
     for case in (
@@ -791,6 +942,11 @@ CASES = {
         experts_of_other_ranks_are_refused,
         random_shardings,
         deepspeed_trainer,
+        mask_overlap_ddp,
+        mask_overlap_fsdp2,
+        mask_overlap_of_gradients_missing_on_one_rank,
+        mask_overlap_zero_2,
+        mask_overlap_zero_3,
         fsdp2,
         fsdp2_bf16,
         fsdp2_mixed_precision,
@@ -815,7 +971,9 @@ CASES = {
 def main() -> None:
     global criterion
     torch.set_num_threads(1)
-    if any(name.startswith(("zero", "deepspeed", "experts")) for name in sys.argv):
+    if any(
+        name.startswith(("zero", "deepspeed", "experts", "mask_overlap_zero")) for name in sys.argv
+    ):
         import deepspeed
 
         deepspeed.init_distributed("gloo")

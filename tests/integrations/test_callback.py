@@ -254,6 +254,37 @@ def test_modules_reach_trackers_and_the_history_but_not_the_console(
     assert "down_proj" not in printed
 
 
+def test_how_masks_change_joins_the_log_of_who_asks(toy_model: Path, tmp_path: Path) -> None:
+    spy = Spy()
+    gmt = GMTCallback(mask_ratio=0.5, log_overlap=True, log_modules=True)
+    trainer = plain_trainer(
+        toy_model, tmp_path, spy, gmt, GMTReportCallback(), max_steps=6, logging_steps=2
+    )
+    trainer.train()
+    entries = sum(gradient.numel() for gradient in spy.gradients[0])
+    ever = [torch.zeros_like(gradient, dtype=torch.bool) for gradient in spy.gradients[0]]
+    before: list[torch.Tensor] = []
+    logs = iter([log for log in spy.logs if "loss" in log])
+    for step, gradients in enumerate(spy.gradients, 1):
+        now = [masked([gradient], 0.5)[0] != 0 for gradient in gradients]
+        ever = [one | other for one, other in zip(ever, now, strict=True)]
+        if step % 2:
+            continue
+        log = next(logs)
+        assert log["gmt/ever_kept"] == sum(int(kept.sum()) for kept in ever) / entries
+        assert ("gmt/mask_overlap" in log) == ("gmt/mask_overlap_by_chance" in log) == (step > 2)
+        if before:
+            pairs = list(zip(before, now, strict=True))
+            both = sum(int((one & other).sum()) for one, other in pairs)
+            assert log["gmt/mask_overlap"] == both / sum(int((a | b).sum()) for a, b in pairs)
+            assert 0 < log["gmt/mask_overlap_by_chance"] < 1
+            assert 0 < log["gmt/mask_overlap/model.layers.0.mlp.down_proj"] < 1
+        before = now
+    drawn = {file.name for file in (tmp_path / "gmt_report").glob("*.png")}
+    assert {"mask_overlap.png", "ever_kept.png", "mask_overlap_by_layer.png"} <= drawn
+    assert read_log(find_state(tmp_path)).curves["gmt/mask_overlap"].steps.tolist() == [4, 6]
+
+
 @pytest.mark.parametrize("level", [None, "INFO"])
 def test_a_script_is_told_that_gmt_is_on_and_where_the_report_is(
     level: str | None, toy_model: Path, tmp_path: Path

@@ -24,7 +24,16 @@ from matplotlib.image import imread
 
 from axolotl_gmt.cli import gmt
 from axolotl_gmt.errors import UserError
-from axolotl_gmt.record import FOLDER, GRAD_NORM_KEPT, KEPT_FRACTION, L1_KEPT, STATISTICS
+from axolotl_gmt.record import (
+    EVER_KEPT,
+    FOLDER,
+    GRAD_NORM_KEPT,
+    KEPT_FRACTION,
+    L1_KEPT,
+    MASK_OVERLAP,
+    MASK_OVERLAP_BY_CHANCE,
+    STATISTICS,
+)
 from axolotl_gmt.report import page as report_module
 from axolotl_gmt.report.log import TrainingLog, find_state, parse_state
 from axolotl_gmt.report.page import PAGE, facts, write_report
@@ -128,6 +137,9 @@ def test_the_numbers_are_those_of_the_log() -> None:
         "mean_kept_fraction": pytest.approx(fmean(kept)),
         "mean_grad_norm_kept": pytest.approx(log.curves[GRAD_NORM_KEPT].values.mean()),
         "mean_l1_kept": pytest.approx(log.curves[L1_KEPT].values.mean()),
+        "mean_mask_overlap": None,
+        "mean_mask_overlap_by_chance": None,
+        "final_ever_kept": None,
         "modules": {},
     }
     assert dict(facts(log))["Kept fraction, mean"] == f"{fmean(kept):.2%}"
@@ -398,6 +410,38 @@ def test_a_map_of_one_colour_is_a_sentence_instead() -> None:
         "l1_kept_by_step.png",
         "l1_kept_by_layer.png",
     ]
+
+
+def test_the_overlap_of_masks_is_drawn_with_what_chance_would_give() -> None:
+    state = training_state(4, layers=2)
+    for log in state["log_history"]:
+        step = log["step"]
+        if "loss" not in log:
+            continue
+        log[EVER_KEPT] = 1 - 0.5**step
+        log[f"{EVER_KEPT}/model.layers.0.mlp.down_proj"] = 0.1 * step
+        if step > 1:  # There is none before the second log.
+            log |= {MASK_OVERLAP: 0.5 + step / 100, MASK_OVERLAP_BY_CHANCE: 1 / 3}
+            log[f"{MASK_OVERLAP}/model.layers.0.mlp.down_proj"] = 0.1 * step
+            log[f"{MASK_OVERLAP_BY_CHANCE}/model.layers.0.mlp.down_proj"] = 1 / 3
+    log = parse_state(state, "run")
+    pictures = {picture.file: picture for picture in report_module.pictures(log)}
+    assert {name for name in pictures if "overlap" in name or "ever" in name} == {
+        "mask_overlap.png",
+        "mask_overlap_by_step.png",
+        "ever_kept.png",
+        "ever_kept_by_step.png",
+    }
+    assert pictures["mask_overlap.png"].alt == (
+        "Mask overlap from step 2 to step 4. Measured: from 52.00% to 54.00%, between 52.00% and "
+        "54.00%. By chance: from 33.33% to 33.33%, between 33.33% and 33.33%."
+    )
+    assert "from 50.00% to 93.75%" in pictures["ever_kept.png"].alt
+    told = dict(facts(log))
+    assert told["Mask overlap, mean"] == "53.00%"
+    assert told["Mask overlap by chance, mean"] == "33.33%"
+    assert told["Ever kept, final"] == "93.75%"
+    assert log.as_dict()["final_ever_kept"] == 0.9375
 
 
 def test_a_run_without_gmt_says_so_and_shows_its_loss(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ def test_defaults() -> None:
         "warmup_steps": 0,
         "hold": False,
         "log_modules": False,
+        "log_overlap": False,
     }
 
 

@@ -266,10 +266,17 @@ def test_a_lazily_negated_gradient_is_masked() -> None:
 def test_masks_on_a_cpu_do_not_depend_on_the_default_device() -> None:
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    GradientMasker(model.named_parameters(), GMTConfig(criterion="random")).attach(optimizer)
+    config = GMTConfig(criterion="random", log_modules=True, log_overlap=True)
+    masker = GradientMasker(model.named_parameters(), config)
+    masker.attach(optimizer)
     backward(model)
     with torch.device("meta"):
-        optimizer.step()
+        for _ in range(2):
+            optimizer.step()
+            overall, of_modules = masker.statistics(), masker.module_statistics()
+    for statistics in (overall, *of_modules.values()):
+        assert statistics["kept_fraction"] == pytest.approx(0.25, abs=0.1)
+        assert 0 < statistics["mask_overlap"] < 1
     for parameter in model.parameters():
         assert parameter.grad is not None
         assert int(parameter.grad.count_nonzero()) <= parameter.numel() / 2 + 1
