@@ -132,7 +132,7 @@ def _limits(batch: Batch, n: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     strides = (n // (6 * _RUNS)).clamp(min=_RUN // 6 + 1).mul(6).add(1).tolist()
     samples = batch._replace(scores=[s.sample(_RUN, strides[row]) for s, row in batch.pairs()])
     zeros = torch.zeros_like(n)
-    drawn = _of_rows(samples, zeros, torch.full_like(n, form.last), zeros.clone())
+    drawn = _of_rows(samples, zeros, torch.full_like(n, form.magnitude_bits), zeros.clone())
     sizes = torch.tensor([0 if sample is None else len(sample) for sample in drawn], device="cpu")
     first, last = ((share * sizes).long().tolist() for share in shares(sizes))
     limits = [(0, form.infinity)] * len(drawn)

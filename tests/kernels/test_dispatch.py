@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from axolotl_gmt import GMTConfig, GradientMasker
 from axolotl_gmt.kernels import dispatch
-from axolotl_gmt.kernels.contract import Backend, Batch, most_copies
+from axolotl_gmt.kernels.contract import Backend, Batch, CompiledBackend, most_copies
 from axolotl_gmt.kernels.dtypes import Digit
 from axolotl_gmt.kernels.scores import (
     Hashes,
@@ -358,7 +358,7 @@ def test_a_compiled_pass_that_differs_from_torchs_is_noticed(
     wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = Kind(Magnitudes, torch.float32, None, torch.float32)
-    backend = cast(Backend, numba_cpu)
+    backend = cast(CompiledBackend, numba_cpu)
     compare(backend, torch.device("cpu"), kind)
     nothing: dict[str, Callable[..., Any]] = {
         "count_digits": lambda *arguments: None,
