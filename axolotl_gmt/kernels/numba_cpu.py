@@ -476,7 +476,7 @@ def _pieces(batch: Batch) -> Callable[[int, int, int], _Piece]:
 def _makes_scores(batch: Batch) -> bool:
     """Whether scores are something else than the entries' own magnitudes."""
     scores = batch.scores[0]
-    return not isinstance(scores, Magnitudes) or scores.entries.dtype != batch.dtype
+    return type(scores) is not Magnitudes or scores.entries.dtype != batch.dtype
 
 
 def _shares(batch: Batch) -> list[list[_Piece]]:
