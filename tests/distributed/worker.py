@@ -811,6 +811,7 @@ CASES = {
         ranks_that_differ_are_refused,
         a_gradient_missing_on_one_rank_has_its_parameters_dtype,
         an_error_on_one_rank_is_raised_on_all,
+        a_gradient_sharded_otherwise_than_its_parameter_is_refused,
         no_gradient_at_all_on_one_rank,
         nothing_is_sent_where_nothing_is_sharded,
         hashes_that_one_rank_cannot_make_change_nothing,
