@@ -38,7 +38,7 @@ def _check_mask_ratio(value: object) -> float:
             f"{value!r} is not a number. Set the fraction of gradient entries to mask, "
             "at least 0 and below 1, such as 0.5."
         ) from None
-    if math.isnan(ratio) or not 0 <= ratio < 1:
+    if not 0 <= ratio < 1:  # As NaN is not.
         raise ValueError(
             f"{value!r} is outside [0, 1). It is the fraction of gradient entries that is masked "
             "(0.3 keeps the largest 70 %). Set at least 0 and below 1, such as 0.5."
@@ -222,8 +222,8 @@ class GMTConfig(BaseModel):
             ) from None
 
     @property
-    def selection(self) -> str:
-        """What is selected, in words for a log."""
+    def summary(self) -> str:
+        """How entries are selected, for a log."""
         if self.criterion == "half" and self.mask_ratio:  # It has no ratio of its own.
             return "criterion half"
         words = [

@@ -22,7 +22,7 @@ With a mask ratio of 0 nothing is masked and no criterion is asked. Else, of n e
 k = max(1, n - round(mask_ratio * n)) with the largest scores survive, and those that tie with the
 k-th. Scores are a flat float32 tensor, one for each local entry in the order of
 ``entries.gradient``, on its device, non-negative and not NaN. An entry whose gradient is NaN or
-infinite survives whatever its score is. (The built-in functions return one of
+infinite survives whatever its score is. (Scorers of built-in criteria may return one of
 :mod:`axolotl_gmt.kernels.scores` instead, which tells the passes how to make a score where they
 need it.)
 
@@ -89,7 +89,7 @@ hookimpl = pluggy.HookimplMarker(ENTRY_POINT_GROUP)
 
 
 class Verdict(Enum):
-    """How a parameter is masked without a score of its own for each entry."""
+    """How a parameter is masked that no function scores."""
 
     MAGNITUDE = "the magnitude of its gradient is an entry's score"
     SMALLEST = "the smaller the magnitude of its gradient, the larger an entry's score"
@@ -111,13 +111,13 @@ class Entries:
             so it must not be written to.
         step: The number of optimizer steps before this one, counted from the start of training,
             resumed or not.
-        read_weight: Reads :attr:`weight`.
+        read_weight: Fetches :attr:`weight` when it is asked for: under ZeRO it may be a copy.
         positions: ``positions(start, stop)`` gives, for the local entries from ``start`` to
             ``stop``, the index of each in the whole, flattened parameter: int64
             ``(stop - start,)`` on the gradient's device. It does not depend on how the parameter
             is sharded.
-        first_position: The first of these positions where each next one is one more, as in one
-            process, under FSDP2's sharding by rows and under ZeRO; else None.
+        first_position: Position of the first local entry where positions are consecutive, as in
+            one process, under FSDP2's sharding by rows and under ZeRO; else None.
     """
 
     name: str
@@ -141,7 +141,7 @@ Criterion = Callable[[Mapping[str, torch.Size], int], Mapping[str, Scorer]]
 
 
 def checked(scores: object, entries: Entries) -> tuple[Given, Tensor]:
-    """The scores that a function returned for ``entries``, infinite where these are not finite.
+    """What a function returned for ``entries``, infinite where the gradient's is not finite.
 
     Returns:
         The scores, and a bool tensor of shape ``()``: whether one is negative or NaN. It stays on

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-# The path to the first numbered module: model.layers.3 of model.layers.3.mlp.experts.5.w1.weight.
-# A longer number is not a layer's, and Python reads no number of thousands of digits.
+# The path to the first numbered module, taken for the layer: model.layers.3 of
+# model.layers.3.mlp.experts.5.w1.weight. At most nine digits, since int() refuses very long
+# numbers.
 _LAYER = re.compile(r"^(?:.*?\.)?(\d{1,9})(?=\.)")
 _NUMBER_IN_PATH = re.compile(r"(?<![^.])\d+(?![^.])")
 
@@ -19,7 +20,7 @@ class Place(NamedTuple):
 
 
 def layer_name(parameter_name: str) -> str | None:
-    """The path of the decoder layer that a parameter is in: ``model.layers.3``; None if in none."""
+    """The path to the first numbered module, taken for the layer: ``model.layers.3``, or None."""
     layer = _LAYER.match(parameter_name)
     return layer.group() if layer else None
 

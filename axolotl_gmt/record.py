@@ -71,7 +71,7 @@ class Attributes(_Lenient):
     module_order: list[str] = []
     """Kinds of modules, as :func:`~axolotl_gmt.names.kind_name` names them, in the model's order.
 
-    Empty unless modules are logged. JSON files of Transformers sort each log by alphabet.
+    Empty unless modules are logged. Needed since the JSON log is sorted by name.
     """
 
 

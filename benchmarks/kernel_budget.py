@@ -24,7 +24,7 @@ import torch
 
 from axolotl_gmt.kernels import triton_gpu
 from axolotl_gmt.kernels.dtypes import FORMATS, Digit
-from axolotl_gmt.kernels.triton_gpu import Kind, Launch
+from axolotl_gmt.kernels.triton_gpu import Launch, Variant
 from benchmarks.measuring import arguments, save
 
 # NVIDIA H100 SXM: multiprocessors, warp instructions that each issues a cycle, cycles a second at
@@ -66,7 +66,7 @@ class Case(NamedTuple):
     """
 
     step: str
-    kind: Kind
+    kind: Variant
     launch: Launch
 
     @property
@@ -107,23 +107,23 @@ class Case(NamedTuple):
 
 def cases() -> Iterator[Case]:
     """Every kernel, for every dtype and source of scores."""
-    kinds = [Kind("magnitude", dtype, dtype, True) for dtype in DTYPES.values()]
+    kinds = [Variant("magnitude", dtype, dtype, True) for dtype in DTYPES.values()]
     kinds += [
-        Kind(score, DTYPES[entry], DTYPES[weight], True)
+        Variant(score, DTYPES[entry], DTYPES[weight], True)
         for score in ("product", "quotient")
         for entry, weight in WITH_WEIGHTS
     ]
-    kinds += [Kind("hash", dtype, dtype, True) for dtype in DTYPES.values()]
-    kinds += [Kind("inverse", dtype, dtype, True) for dtype in DTYPES.values()]
-    kinds += [Kind("widened", dtype, dtype, True) for dtype in (torch.bfloat16, torch.float16)]
+    kinds += [Variant("hash", dtype, dtype, True) for dtype in DTYPES.values()]
+    kinds += [Variant("inverse", dtype, dtype, True) for dtype in DTYPES.values()]
+    kinds += [Variant("widened", dtype, dtype, True) for dtype in (torch.bfloat16, torch.float16)]
     for kind in kinds:
-        upper = Digit(FORMATS[kind.dtype()].upper, 15)
+        upper = Digit(FORMATS[kind.dtype()].first_shift, 15)
         yield Case("count upper", kind, triton_gpu.count_launch(kind, upper, False))
         if upper.shift:
             yield Case("count lower", kind, triton_gpu.count_launch(kind, Digit(0, 16), True))
         yield Case("mask", kind, triton_gpu.mask_launch(kind))
     for dtype in DTYPES.values():
-        kind = Kind("bit", dtype, dtype, True)
+        kind = Variant("bit", dtype, dtype, True)
         yield Case("mask", kind, triton_gpu.mask_launch(kind))
 
 

@@ -119,9 +119,9 @@ def _plan_lines(plan: Plan | None) -> Iterator[str]:
         yield f"GMT is off: {plan.why}."
         return
     chosen = plan.settings
-    selection = GMTConfig.model_construct(**chosen).selection
+    summary = GMTConfig.model_construct(**chosen).summary
     yield f"GMT is on, since {plan.why}. Base optimizer {plan.base_optimizer or 'unset'}."
-    yield f"{selection[0].upper()}{selection[1:]}."
+    yield f"{summary[0].upper()}{summary[1:]}."
     for key in ("include", "exclude"):
         if chosen[key]:
             yield f"{key.capitalize()}: {', '.join(chosen[key])}."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,25 +13,31 @@ import torch.distributed as dist
 from axolotl_gmt.gradients.shard import all_reduce
 
 
-def agree(
-    groups: Sequence[dist.ProcessGroup], facts: Mapping[str, str], error: Exception | None
-) -> None:
-    """Return on all ranks of ``groups`` if their facts are the same and none has an error.
+@contextmanager
+def agreement(groups: Sequence[dist.ProcessGroup]) -> Iterator[dict[str, str]]:
+    """Leave the block on all ranks of ``groups`` if their facts are the same and none has an error.
 
     Ranks that disagree would each wait for collectives that the others never start, or add up
     counts of different tensors.
 
     Args:
         groups: The groups that this rank is in, in an order that all ranks share.
-        facts: What must be the same, by what it is called in a message.
-        error: What was raised in this process.
+
+    Yields:
+        A dictionary for the facts that must be the same, by what they are called in a message.
 
     Raises:
-        Exception: ``error``, if there is one.
+        Exception: What the block raised.
         RuntimeError: Quoting another rank's error.
         ValueError: Naming a rank whose facts differ, and the first that does.
     """
+    facts: dict[str, str] = {}
+    error: Exception | None = None
     problem: ValueError | RuntimeError | None = None
+    try:
+        yield facts
+    except Exception as raised:  # Whatever it is, other ranks must not wait for this one.
+        error = raised
     if error is not None and groups:
         problem = RuntimeError(
             "Another rank cannot mask its gradients. "
@@ -49,7 +56,7 @@ def agree(
 def _problem_in(
     group: dist.ProcessGroup, facts: Mapping[str, str], problem: ValueError | RuntimeError | None
 ) -> ValueError | RuntimeError | None:
-    """The problem that a rank of ``group`` knows of, or the difference between its ranks."""
+    """The problem that a rank of ``group`` knows of, or how its ranks differ; None if neither."""
     text = repr(sorted(facts.items())).encode()
     digest = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
     # The largest digest is the smallest too if all are the same, so one small all-reduce is all

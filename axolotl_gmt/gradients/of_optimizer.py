@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from axolotl_gmt.gradients.shard import StepGradients
+
+
+def nested(optimizer: object) -> Iterator[object]:
+    """``optimizer``, and those that Accelerate and DeepSpeed put it around, outermost first."""
+    while optimizer is not None:
+        yield optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
 
 
 def step_gradients(optimizer: object, names: Mapping[Tensor, Sequence[str]]) -> StepGradients:
@@ -17,18 +24,14 @@ def step_gradients(optimizer: object, names: Mapping[Tensor, Sequence[str]]) -> 
         ValueError: For a way to train in which GMT cannot be exact, with what to use instead.
         TypeError: For what is no torch optimizer.
     """
-    given = optimizer
-    while not (made_by_deepspeed := type(optimizer).__module__.startswith("deepspeed.")):
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is None:
-            break
-        optimizer = inner
-    if made_by_deepspeed:
-        from axolotl_gmt.gradients.zero import ZeroGradients
+    innermost = optimizer
+    for innermost in nested(optimizer):
+        if type(innermost).__module__.startswith("deepspeed."):
+            from axolotl_gmt.gradients.zero import ZeroGradients
 
-        return ZeroGradients(optimizer, names)
-    if not isinstance(optimizer, Optimizer):
-        attributes = getattr(optimizer, "__dict__", {})
+            return ZeroGradients(innermost, names)
+    if not isinstance(innermost, Optimizer):
+        attributes = getattr(innermost, "__dict__", {})
         inside = [name for name, value in attributes.items() if isinstance(value, Optimizer)]
         fix = (
             f"Attach to its optimizer, which is its attribute {inside[0]}."
@@ -36,7 +39,9 @@ def step_gradients(optimizer: object, names: Mapping[Tensor, Sequence[str]]) -> 
             else "Attach to the torch optimizer whose step() updates the model, or to Accelerate's "
             "or DeepSpeed's around one."
         )
-        raise TypeError(f"{type(given).__name__} is no torch optimizer, so it has no hook. {fix}")
+        raise TypeError(
+            f"{type(optimizer).__name__} is no torch optimizer, so it has no hook. {fix}"
+        )
     from axolotl_gmt.gradients.plain import PlainGradients
 
-    return PlainGradients(optimizer, names)
+    return PlainGradients(innermost, names)

@@ -52,10 +52,10 @@ def hook_steps(
             return None
 
         def closure_then_mask() -> Any:  # A closure makes the gradients, so masking follows it.
-            masks = step.masks
+            times = step.times_masked
             with torch.enable_grad():
                 loss = closure()
-            if step.masks == masks:  # Else it is one that an outer step has wrapped.
+            if step.times_masked == times:  # Else an outer step wrapped it and has masked.
                 step.mask()
             return loss
 
@@ -85,13 +85,13 @@ class _StepUnderWay:
     def __init__(self, parameters: Callable[[], Iterator[Tensor]]) -> None:
         self._parameters = parameters
         self._step: Step | None = None
-        self._masked: list[ReferenceType[Tensor]] = []
-        self.masks = 0
+        self._left: list[ReferenceType[Tensor]] = []  # The gradients that masking left.
+        self.times_masked = 0
 
     def begin(self, step: Step, holds: bool) -> None:
         """Go through ``step`` from now on; nothing is masked yet."""
         self._step = step
-        self._masked = []
+        self._left = []
         if holds:
             step.hold(self._parameters())
 
@@ -99,13 +99,13 @@ class _StepUnderWay:
         """Mask the gradients as they are."""
         assert self._step is not None
         torch.compiler.disable(self._step.mask)()
-        self.masks += 1
-        self._masked = [ref(gradient) for gradient in self._gradients()]
+        self.times_masked += 1
+        self._left = [ref(gradient) for gradient in self._gradients()]
 
     def mask_new_gradients(self) -> None:
         """Mask, unless all gradients are those that have been masked."""
-        masked = {id(reference()) for reference in self._masked}
-        if self._step is not None and any(id(new) not in masked for new in self._gradients()):
+        left = {id(reference()) for reference in self._left}
+        if self._step is not None and any(id(each) not in left for each in self._gradients()):
             self.mask()
 
     def end(self) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as DTensorShard
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from axolotl_gmt.gradients.optimizer_step import hook_steps
-from axolotl_gmt.gradients.shard import Ranks, Shard, Step, process_groups
+from axolotl_gmt.gradients.shard import ProcessGroups, Shard, Step, distinct_groups
 
 
 class PlainGradients:
@@ -52,8 +53,8 @@ class PlainGradients:
         """The shard of ``parameter``'s gradient in this process.
 
         Raises:
-            TypeError: For a gradient that cannot be masked exactly: sparse, not yet reduced, or
-                not bf16, fp16, fp32 or fp64.
+            TypeError: For a gradient that cannot be masked exactly: sparse, not yet reduced, laid
+                out otherwise than its parameter, or not bf16, fp16, fp32 or fp64.
         """
         gradient = parameter.grad
         reference = parameter if gradient is None else gradient
@@ -72,24 +73,24 @@ class PlainGradients:
         if reference.device.type == "mps":
             raise TypeError(f"{name} lies on mps, which has no float64. Train on cuda or the CPU.")
         ranks = self._ranks(parameter)
-        if ranks and gradient is not None:
-            _check_like_parameter(name, parameter, gradient)
-        elif isinstance(reference, DTensor):
+        if isinstance(reference, DTensor):
             _check_reduced(name, reference)
-        if gradient is None:  # Elsewhere there may be one, of the dtype that is known everywhere.
+        if gradient is not None:
+            _check_like_parameter(name, parameter, gradient)
+        else:  # Other ranks may have one; its dtype must be known here too.
             empty = _local(reference).new_empty(0, dtype=_gradient_dtype(parameter))
             return Shard(name, parameter, empty, ranks, is_absent=True)
         return Shard(name, parameter, _local_entries(parameter, gradient), ranks)
 
-    def groups(self) -> list[dist.ProcessGroup]:
-        """See :meth:`~axolotl_gmt.gradients.shard.StepGradients.groups`."""
-        return process_groups(map(self._ranks, self._stepped()))
+    def process_groups(self) -> list[dist.ProcessGroup]:
+        """See :meth:`~axolotl_gmt.gradients.shard.StepGradients.process_groups`."""
+        return distinct_groups(map(self._ranks, self._stepped()))
 
     def _stepped(self) -> Iterator[Tensor]:
         for group in self.optimizer.param_groups:
             yield from group["params"]
 
-    def _ranks(self, parameter: Tensor) -> Ranks:
+    def _ranks(self, parameter: Tensor) -> ProcessGroups:
         """Who holds the shards of ``parameter``'s gradient, whether or not there is one now."""
         return _sharded_over(parameter) if isinstance(parameter, DTensor) else ()
 
@@ -104,25 +105,16 @@ class PlainGradients:
         gradient = shard.parameter.grad
         if gradient is None:
             return shard.entries.to(shard.parameter.dtype)
-        placements, of_weight = (
-            getattr(tensor, "placements", ()) for tensor in (gradient, shard.parameter)
-        )
-        if placements != of_weight:
-            raise TypeError(
-                f"The gradient of {shard.name} is placed as {placements} and its weight as "
-                f"{of_weight}, so they do not line up. Set a criterion that needs no weights, such "
-                "as gradient."
-            )
         weight = _local(shard.parameter.detach())
         return weight.permute(_memory_order(_local(gradient))).reshape(-1).contiguous()
 
     def positions(self, shard: Shard) -> Callable[[int, int], Tensor]:
         """See :meth:`~axolotl_gmt.gradients.shard.StepGradients.positions`."""
+        first, device = self.first_position(shard), shard.entries.device
+        if first is not None:
+            return lambda start, stop: torch.arange(first + start, first + stop, device=device)
         gradient = shard.parameter.grad
-        device = shard.entries.device
-        whole = not isinstance(gradient, DTensor)
-        if gradient is None or (whole and gradient.is_contiguous()):
-            return lambda start, stop: torch.arange(start, stop, device=device)
+        assert gradient is not None
         local = _local(gradient)
         indices = cache(lambda dim: _local_indices(gradient, dim))
 
@@ -179,7 +171,7 @@ class PlainGradients:
         return hook_steps(self.optimizer, self._stepped, begin_step, holds)
 
 
-def _sharded_over(tensor: DTensor) -> Ranks:
+def _sharded_over(tensor: DTensor) -> ProcessGroups:
     mesh = tensor.device_mesh
     return tuple(
         mesh.get_group(dim)
@@ -202,27 +194,30 @@ def _check_reduced(name: str, gradient: DTensor) -> None:
         )
 
 
+def _distribution(tensor: Tensor) -> tuple[DeviceMesh | None, tuple[Placement, ...]]:
+    """The mesh of a DTensor, and its placements over several ranks; None and () in one process."""
+    if not isinstance(tensor, DTensor) or tensor.device_mesh.size() == 1:
+        return None, ()
+    sizes = tensor.device_mesh.shape
+    placements = zip(tensor.placements, sizes, strict=True)
+    return tensor.device_mesh, tuple(placement for placement, size in placements if size > 1)
+
+
 def _check_like_parameter(name: str, parameter: Tensor, gradient: Tensor) -> None:
-    """Refuse what a rank without this gradient could not know, and would not count with."""
-    if isinstance(gradient, DTensor):
-        _check_reduced(name, gradient)
-    for what, got, expected in (
-        ("mesh", getattr(gradient, "device_mesh", None), getattr(parameter, "device_mesh", None)),
-        (
-            "placements",
-            getattr(gradient, "placements", None),
-            getattr(parameter, "placements", None),
-        ),
-        ("dtype", gradient.dtype, _gradient_dtype(parameter)),
+    """Refuse a gradient laid out otherwise than its parameter, by which a rank without one goes."""
+    mesh, placements = _distribution(gradient)
+    expected_mesh, expected_placements = _distribution(parameter)
+    if mesh is None and expected_mesh is None:
+        return
+    cast = "Set the parameter's grad_dtype, or cast the gradient"
+    for what, got, expected, fix in (
+        ("mesh", mesh, expected_mesh, "Redistribute the gradient"),
+        ("placements", placements, expected_placements, "Redistribute the gradient"),
+        ("dtype", gradient.dtype, _gradient_dtype(parameter), cast),
     ):
         if got != expected:
-            fix = (
-                "Set the parameter's grad_dtype, or cast the gradient"
-                if what == "dtype"
-                else "Redistribute the gradient"
-            )
             raise TypeError(
-                f"The gradient of {name} has another {what} than its sharded parameter: {got}, not "
+                f"The gradient of {name} has another {what} than its parameter: {got}, not "
                 f"{expected}. {fix} before the optimizer's step."
             )
 

@@ -16,9 +16,9 @@ from torch.utils.hooks import RemovableHandle
 # checkpointing. Patterns and layer names must not depend on how a model is wrapped.
 _WRAPPERS = re.compile(r"^module\.|(_orig_mod|_checkpoint_wrapped_module)\.")
 
-# The process groups over which a tensor is sharded, one for each such dimension of its device
-# mesh; empty for a tensor that is whole on every rank.
-Ranks = tuple[dist.ProcessGroup, ...]
+ProcessGroups = tuple[dist.ProcessGroup, ...]
+"""Those over which a tensor is sharded, one for each such dimension of its device mesh; none if it
+is whole on every rank."""
 
 
 def plain_name(name: str) -> str:
@@ -50,14 +50,14 @@ class Shard:
         entries: Flat view of the gradient's memory, shape ``(local entries,)``; writing to it
             writes to the gradient. The order of entries is that of memory. Empty if there is no
             gradient here, so that all ranks hold the same list of shards.
-        ranks: Who holds the other entries.
+        ranks: The ranks that share the entries of the parameter with this one.
         is_absent: Whether there is no gradient here.
     """
 
     name: str
     parameter: Tensor
     entries: Tensor
-    ranks: Ranks
+    ranks: ProcessGroups
     is_absent: bool = False
 
 
@@ -75,7 +75,7 @@ class Step(Protocol):
 
 
 class StepGradients(Protocol):
-    """What a source of gradients owes: those that an optimizer steps with.
+    """The gradients that one optimizer steps with, and what their source owes.
 
     Attributes:
         optimizer: The optimizer whose steps are hooked, without Accelerate's wrappers.
@@ -97,7 +97,7 @@ class StepGradients(Protocol):
             TypeError: For a gradient that cannot be masked exactly.
         """
 
-    def groups(self) -> list[dist.ProcessGroup]:
+    def process_groups(self) -> list[dist.ProcessGroup]:
         """Each process group that holds shards, in an order that is the same on all ranks.
 
         These are the groups of all parameters, also of those that settings leave unmasked, since
@@ -160,7 +160,7 @@ class Handles(RemovableHandle):
             handle.remove()
 
 
-def process_groups(ranks: Iterable[Ranks]) -> list[dist.ProcessGroup]:
+def distinct_groups(ranks: Iterable[ProcessGroups]) -> list[dist.ProcessGroup]:
     """Each process group of ``ranks`` once, in an order that is the same on all ranks."""
     groups = {group for of_parameter in ranks for group in of_parameter}
     by_name = sorted(groups, key=lambda group: group.group_name)
@@ -168,7 +168,7 @@ def process_groups(ranks: Iterable[Ranks]) -> list[dist.ProcessGroup]:
     return [one_each[members] for members in sorted(one_each)]
 
 
-def sum_over_ranks(values: Tensor, ranks: Ranks) -> None:
+def sum_over_ranks(values: Tensor, ranks: ProcessGroups) -> None:
     """Sum contiguous ``values``, in place, over all processes that hold a shard."""
     for group in ranks:
         all_reduce(values, group, dist.ReduceOp.SUM)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from axolotl_gmt.gradients.shard import Handles, Ranks, Shard, Step, process_groups
+from axolotl_gmt.gradients.shard import Handles, ProcessGroups, Shard, Step, distinct_groups
 
 # What is read of DeepSpeed's optimizers, none of it public.
 _READ = {
@@ -101,11 +101,11 @@ class ZeroGradients:
         for parameter in self._place:
             yield self._names[parameter], parameter
 
-    def groups(self) -> list[dist.ProcessGroup]:
-        """See :meth:`~axolotl_gmt.gradients.shard.StepGradients.groups`."""
-        return process_groups(map(self._ranks, self._place))
+    def process_groups(self) -> list[dist.ProcessGroup]:
+        """See :meth:`~axolotl_gmt.gradients.shard.StepGradients.process_groups`."""
+        return distinct_groups(map(self._ranks, self._place))
 
-    def _ranks(self, parameter: Any) -> Ranks:
+    def _ranks(self, parameter: Any) -> ProcessGroups:
         """Who holds the shards of ``parameter``'s gradient."""
         if self._stage_3:
             return _more_than_one(parameter.ds_process_group)
@@ -274,5 +274,5 @@ def _expert_ranks(parameter: Any) -> int:
     return dist.get_world_size(groups._get_expert_parallel_group(parameter.group_name))
 
 
-def _more_than_one(group: dist.ProcessGroup) -> Ranks:
+def _more_than_one(group: dist.ProcessGroup) -> ProcessGroups:
     return (group,) if dist.get_world_size(group) > 1 else ()

@@ -26,6 +26,7 @@ from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from axolotl_gmt.config import GMTConfig
+from axolotl_gmt.gradients.of_optimizer import nested
 from axolotl_gmt.gradients.shard import plain_name, shape
 from axolotl_gmt.integrations import mask_files
 from axolotl_gmt.integrations.announcement import announce
@@ -128,8 +129,9 @@ class GMTCallback(TrainerCallback):
         if self._masker.goes_on_with_masks():
             self._masker.load_state_dict(self._load_masks(args, state))
         tensors = [shape(tensor) for _, tensor in self._masker.masked_parameters(optimizer)]
+        *_, base_optimizer = nested(optimizer)
         attributes = Attributes(
-            base_optimizer=_innermost(optimizer),
+            base_optimizer=type(base_optimizer).__name__,
             masked_parameters=sum(size.numel() for size in tensors),
             module_order=_module_order(model) if self.config.log_modules else [],
         )
@@ -142,7 +144,7 @@ class GMTCallback(TrainerCallback):
             announce(
                 LOG,
                 f"Gradient-Mask Tuning: base optimizer {attributes.base_optimizer}, "
-                f"{self.config.selection}; {len(tensors)} tensors with "
+                f"{self.config.summary}; {len(tensors)} tensors with "
                 f"{attributes.masked_parameters:,} parameters under the mask"
                 + (f"; takes {extra / 1e6:,.1f} MB of memory in this process." if extra else "."),
             )
@@ -290,13 +292,6 @@ def _show_trackers(settings: GMTConfig, model: torch.nn.Module) -> Callable[[], 
             vars(config).pop(key, None)
 
     return take_back
-
-
-def _innermost(optimizer: object) -> str:
-    """Class name of the torch optimizer in those that Accelerate and DeepSpeed put around it."""
-    while (inner := getattr(optimizer, "optimizer", None)) is not None:
-        optimizer = inner
-    return type(optimizer).__name__
 
 
 def _module_order(model: torch.nn.Module) -> list[str]:

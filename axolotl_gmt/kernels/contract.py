@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -44,13 +44,11 @@ class Batch(NamedTuple):
 
 
 class Backend(Protocol):
-    """The passes. One ends when all its work is done or, with an error, when none of it goes on.
+    """The passes, which read no value back from a device.
 
-    None but :meth:`copy_between` reads a value back from a device.
+    A pass returns when its work is done, on a GPU when it is launched; it raises only when no
+    thread goes on.
     """
-
-    def supports(self, kind: Kind) -> bool:
-        """Whether there are passes for batches of that kind."""
 
     def count_digits(
         self, batch: Batch, digit: Digit, prefixes: Tensor | None, counts: Tensor
@@ -60,8 +58,8 @@ class Backend(Protocol):
         Args:
             batch: What is counted.
             digit: Which bits of the pattern.
-            prefixes: int64 ``(rows,)``; only scores whose bits above the digit equal that of their
-                row count. None, for the first digit: all do.
+            prefixes: int64 ``(rows,)``; only scores whose bits above the digit equal their row's
+                prefix count. None, for the first digit: all do.
             counts: int32 or int64 ``(rows, 2 ** digit.width)``, contiguous, added to in place.
         """
 
@@ -77,8 +75,9 @@ class Backend(Protocol):
         """
 
 
+@runtime_checkable
 class CPUBackend(Backend, Protocol):
-    """What is owed for a CPU beyond."""
+    """What a backend for a CPU owes besides."""
 
     def copy_between(
         self, batch: Batch, low: Tensor, high: Tensor, above: Tensor
@@ -89,13 +88,48 @@ class CPUBackend(Backend, Protocol):
             batch: Where they are looked for.
             low: int64 ``(rows,)``, patterns.
             high: int64 ``(rows,)``, patterns.
-            above: int64 ``(rows,)``, to which the number of scores from ``high`` on is added, but
-                for tensors with None.
+            above: int64 ``(rows,)``, to which the number of scores from ``high`` on is added,
+                except for tensors whose result is None.
 
         Returns:
             For each tensor its patterns, as :attr:`~.dtypes.Format.bits`, in order; None if there
             are more than about :func:`most_copies`.
         """
+
+
+class Cache(NamedTuple):
+    """Where compiled code is kept for later processes.
+
+    Attributes:
+        folder: Its path.
+        files: A pattern of the names that its files have there.
+        variable: The environment variable that names another folder.
+    """
+
+    folder: str
+    files: str
+    variable: str
+
+
+class CompiledBackend(Backend, Protocol):
+    """What a backend owes besides that is compiled, and compared with :mod:`~.eager` before use."""
+
+    def supports(self, kind: Kind) -> bool:
+        """Whether there are passes for batches of that kind."""
+
+    def boundaries(self, itemsize: int) -> Iterable[tuple[int, int]]:
+        """Where tensors lie whose ends a pass could get wrong; all of them are compared.
+
+        Args:
+            itemsize: Bytes of an entry.
+
+        Returns:
+            Pairs of integers: how many entries after an address that is a multiple of 16 bytes a
+            tensor starts, and how many entries it has.
+        """
+
+    def give_up_cache(self) -> Cache | None:
+        """Compile anew, and keep no code for later processes; where it was kept, if it was."""
 
 
 def most_copies(entries: int) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from axolotl_gmt.kernels import eager
-from axolotl_gmt.kernels.contract import Backend, Batch, CPUBackend
+from axolotl_gmt.kernels.contract import Backend, Batch, CompiledBackend, CPUBackend
 from axolotl_gmt.kernels.dtypes import Digit
 from axolotl_gmt.kernels.scores import Kind
 
@@ -63,7 +63,7 @@ def mask_below_(batch: Batch, thresholds: Tensor, totals: Tensor) -> None:
 
 
 def _parts(batch: Batch, device: torch.device) -> Iterator[tuple[Backend, Batch, Sequence[int]]]:
-    """What one backend takes together: scores of one kind. With their indices in the batch."""
+    """What one backend takes together: scores of one kind and alignment, with their indices."""
     alike: dict[tuple[Kind, bool], list[int]] = defaultdict(list)
     for index, scores in enumerate(batch.scores):
         alike[scores.kind(batch.dtype), scores.is_aligned()].append(index)
@@ -74,12 +74,12 @@ def _parts(batch: Batch, device: torch.device) -> Iterator[tuple[Backend, Batch,
 
 
 @cache
-def _compiled(device: str) -> Backend | None:
+def _compiled(device: str) -> CompiledBackend | None:
     """The module of compiled passes for a type of device; None, with a warning, if it fails."""
     if device not in _COMPILED:
         return None
     try:
-        return cast(Backend, import_module(_COMPILED[device][0]))
+        return cast(CompiledBackend, import_module(_COMPILED[device][0]))
     except Exception as error:  # A package that is broken raises anything as it is imported.
         _warn(device, error)
         return None
@@ -87,7 +87,7 @@ def _compiled(device: str) -> Backend | None:
 
 @cache
 def _backend(device: str, kind: Kind) -> Backend:
-    """The compiled passes for a kind of scores, once they do as torch operations; or these."""
+    """The compiled passes for a kind of scores, if they do as torch's do; else torch operations."""
     compiled = _compiled(device)
     if compiled is None or device in _failed or not compiled.supports(kind):
         return cast(Backend, eager)
@@ -103,7 +103,7 @@ def _backend(device: str, kind: Kind) -> Backend:
 
 
 def forget_backends() -> None:
-    """Look for compiled passes again, for instance after an installation."""
+    """Look for compiled passes again. Tests call it, since they change which there are."""
     _failed.clear()
     _compiled.cache_clear()
     _backend.cache_clear()

@@ -15,17 +15,17 @@ class Format(NamedTuple):
     Attributes:
         bits: The signed integers of the same width.
         unsigned: The unsigned ones, of NumPy.
-        last: The largest pattern without a sign, whose bits are all set.
+        magnitude_bits: All bits but the sign's, which is the largest pattern without a sign.
         infinity: The pattern of infinity; the patterns above it are those of NaN.
-        upper: How many bits follow after the first digit, which is the 15 bits after the sign.
-        widening: How many bits the mantissa of float32 is longer.
+        first_shift: How many bits follow after the first digit, the 15 bits after the sign.
+        widening: How many bits longer float32's mantissa is; negative for float64.
     """
 
     bits: torch.dtype
     unsigned: type[np.unsignedinteger[Any]]
-    last: int
+    magnitude_bits: int
     infinity: int
-    upper: int
+    first_shift: int
     widening: int
 
 
@@ -48,15 +48,15 @@ class Digit(NamedTuple):
 
 
 def digits(dtype: torch.dtype) -> list[Digit]:
-    """The digits of the patterns of ``dtype``, upper first: one of 15 bits, the rest of 16."""
-    upper = FORMATS[dtype].upper
-    return [Digit(upper, 15), *(Digit(shift, 16) for shift in range(upper - 16, -1, -16))]
+    """The digits of the patterns of ``dtype``, from the top: one of 15 bits, the rest of 16."""
+    first = FORMATS[dtype].first_shift
+    return [Digit(first, 15), *(Digit(shift, 16) for shift in range(first - 16, -1, -16))]
 
 
-def magnitude_patterns(entries: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bit patterns of ``|entries|`` as ``dtype``: integers in the order of the magnitudes.
+def magnitude_patterns(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bit patterns of ``|values|`` as ``dtype``: integers in the same order.
 
     Where the dtype changes, NaN has the pattern of infinity: its bits are not kept by all devices.
     """
-    patterns = entries.to(dtype).view(FORMATS[dtype].bits) & FORMATS[dtype].last
-    return patterns if entries.dtype == dtype else patterns.clamp_(max=FORMATS[dtype].infinity)
+    patterns = values.to(dtype).view(FORMATS[dtype].bits) & FORMATS[dtype].magnitude_bits
+    return patterns if values.dtype == dtype else patterns.clamp_(max=FORMATS[dtype].infinity)

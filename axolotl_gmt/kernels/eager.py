@@ -9,9 +9,9 @@ from torch import Tensor
 
 from axolotl_gmt.kernels.contract import Batch, chunk_size, most_copies
 from axolotl_gmt.kernels.dtypes import FORMATS, Digit
-from axolotl_gmt.kernels.scores import Kind, Magnitudes, Scores
+from axolotl_gmt.kernels.scores import Magnitudes, Scores
 
-# Entries of scratch memory at a time, where scores need no making. Each chunk clears all bins.
+# Entries at a time, where scores need no making. Large, since each chunk clears all bins.
 _CHUNK = 1 << 20
 
 
@@ -22,12 +22,6 @@ def _chunks(scores: Scores, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor
     for start in range(0, len(scores.entries), size):
         entries = scores.entries[start : start + size]
         yield entries, scores.patterns(start, start + len(entries), dtype)
-
-
-def supports(kind: Kind) -> bool:
-    """All kinds are supported."""
-    del kind
-    return True
 
 
 def count_digits(batch: Batch, digit: Digit, prefixes: Tensor | None, counts: Tensor) -> None:

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from axolotl_gmt.kernels.contract import Batch, most_copies
+from axolotl_gmt.kernels.contract import Batch, Cache, most_copies
 from axolotl_gmt.kernels.dtypes import COMPILED, FORMATS, Digit
 from axolotl_gmt.kernels.scores import (
     EPSILON,
@@ -37,6 +37,7 @@ from axolotl_gmt.kernels.scores import (
     Magnitudes,
     Products,
     Quotients,
+    Scores,
     Weighted,
 )
 
@@ -82,10 +83,16 @@ class _Pass:
         return folder
 
 
-def give_up_cache() -> str | None:
-    """Keep no machine code on disk any more; the folder where it was, None if nowhere."""
-    folders = [a_pass.give_up_cache() for a_pass in _Pass.every]
-    return folders[0]
+def give_up_cache() -> Cache | None:
+    """See :meth:`~.contract.CompiledBackend.give_up_cache`."""
+    folder, *_ = [a_pass.give_up_cache() for a_pass in _Pass.every]
+    return None if folder is None else Cache(folder, "numba_cpu.*", "NUMBA_CACHE_DIR")
+
+
+def boundaries(itemsize: int) -> tuple[()]:
+    """None but those that are always compared: no read goes beyond a tensor's end."""
+    del itemsize
+    return ()
 
 
 def supports(kind: Kind) -> bool:
@@ -95,7 +102,7 @@ def supports(kind: Kind) -> bool:
     entries = {torch.bfloat16, torch.float32} if kind.weights else COMPILED
     return (
         kind.compared == torch.float32
-        and kind.scores in (Magnitudes, Inverses, Products, Quotients, Hashes, Bits)
+        and kind.scores in _SOURCES
         and kind.entries in entries
         and (kind.weights or kind.entries) in entries
     )
@@ -150,7 +157,7 @@ def _copy_between(
 
 @_inner
 def _from_float16(magnitude: Any) -> Any:
-    """A float32, made by integers: the exponent's bias is larger by 112."""
+    """A float32, made by integer arithmetic: the exponent's bias is larger by 112."""
     no_leading_bit = magnitude < 0x0400
     bias = 112 + 112 * (magnitude >= 0x7C00) + no_leading_bit
     bits = np.uint32((magnitude << 13) + (bias << 23))
@@ -162,6 +169,14 @@ _FACTORS = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _INFINITY = np.uint32(FORMATS[torch.float32].infinity)
 _ONE = np.uint32(0x3F800000)
 _MAGNITUDE, _INVERSE, _PRODUCT, _QUOTIENT, _HASH, _BIT = map(np.uint8, range(6))
+_SOURCES: dict[type[Scores], np.uint8] = {
+    Magnitudes: _MAGNITUDE,
+    Inverses: _INVERSE,
+    Products: _PRODUCT,
+    Quotients: _QUOTIENT,
+    Hashes: _HASH,
+    Bits: _BIT,
+}
 _EPSILON = np.float32(EPSILON)
 
 
@@ -173,7 +188,7 @@ def _score(
 
     Inverses, products, quotients and bits as their classes in :mod:`~.scores` say, hashes as
     :func:`~.scores.uniform` makes them, or the magnitudes of narrower entries. NaN, whose pattern
-    lies above infinity's, counts as that.
+    lies above infinity's, counts as infinity.
     """
     what, entry_shift, weight_shift, last, infinity, key, position = source
     # Slices, since an index that is a sum could be negative, and then nothing is vectorised.
@@ -269,7 +284,7 @@ def _sums(
 
 @_inner
 def _count_non_zero(patterns: Patterns, last: Any) -> Any:
-    """Of a block, which is small enough to count in the width of an entry."""
+    """Non-zero entries of a block, which is small enough to count in the width of an entry."""
     narrow = patterns.dtype.type
     count = narrow(0)
     for index in range(patterns.size):
@@ -362,8 +377,8 @@ def _mask_magnitudes(
     """Zero what is below ``threshold``; how many non-zero entries are kept, and :func:`_sums`.
 
     Short loops over a block that stays in the fastest cache: LLVM vectorises them better than one
-    loop that does it all. Products stand in the place of branches; a product with False is 0 for
-    every entry that is masked: NaN and infinity never are.
+    loop that does it all. A product with the comparison stands for a branch; patterns are integers,
+    so it is exact.
     """
     narrow = patterns.dtype.type
     kept = 0
@@ -433,7 +448,7 @@ def _pieces(batch: Batch) -> Callable[[int, int, int], _Piece]:
     kind = batch.scores[0].kind(batch.dtype)
     entry = FORMATS[kind.entries]
     shifts = np.uint32(entry.widening), np.uint32(FORMATS[kind.weights or kind.entries].widening)
-    constants = *shifts, entry.unsigned(entry.last), entry.unsigned(entry.infinity)
+    constants = *shifts, entry.unsigned(entry.magnitude_bits), entry.unsigned(entry.infinity)
     makes_scores = _makes_scores(batch)
     patterns = [_patterns(scores.entries) for scores in batch.scores]
 
@@ -445,17 +460,14 @@ def _pieces(batch: Batch) -> Callable[[int, int, int], _Piece]:
         )
         if not makes_scores:
             return _Piece(tensor, row, of_piece, (of_piece,))
-        what, weights, key, first = _MAGNITUDE, _NO_WEIGHTS, 0, 0
+        weights, key, first = _NO_WEIGHTS, 0, 0
         if isinstance(scores, Weighted):
-            what = _PRODUCT if isinstance(scores, Products) else _QUOTIENT
             weights = _patterns(scores.weights)[start:stop]
-        elif isinstance(scores, Inverses):
-            what = _INVERSE
         elif isinstance(scores, Hashes):
-            what, key, first = _HASH, scores.key % 2**64, (scores.first + start) % 2**64
+            key, first = scores.key % 2**64, (scores.first + start) % 2**64
         elif isinstance(scores, Bits):
-            what, weights, first = _BIT, scores.bits.numpy(), start
-        source = (what, *constants, np.uint64(key), np.uint64(first))
+            weights, first = scores.bits.numpy(), start
+        source = (_SOURCES[type(scores)], *constants, np.uint64(key), np.uint64(first))
         return _Piece(tensor, row, of_piece, (of_piece, weights, source))
 
     return piece
@@ -464,7 +476,7 @@ def _pieces(batch: Batch) -> Callable[[int, int, int], _Piece]:
 def _makes_scores(batch: Batch) -> bool:
     """Whether scores are something else than the entries' own magnitudes."""
     scores = batch.scores[0]
-    return not isinstance(scores, Magnitudes) or scores.entries.dtype != batch.dtype
+    return type(scores) is not Magnitudes or scores.entries.dtype != batch.dtype
 
 
 def _shares(batch: Batch) -> list[list[_Piece]]:
@@ -587,16 +599,16 @@ def _scalars(dtype: torch.dtype, values: Tensor) -> list[np.unsignedinteger[Any]
 def count_digits(batch: Batch, digit: Digit, prefixes: Tensor | None, counts: Tensor) -> None:
     """See :meth:`~.contract.Backend.count_digits`.
 
-    A row that lies within one share is counted where it belongs. Of the rest, two for most shares,
-    each share counts its part apart and adds it when it is done.
+    Rows within one share are counted in place; the others, two for most shares, apart, and added
+    when the share is done.
     """
     shares = [(share, {piece.row for piece in share}) for share in _shares(batch)]
     spans = Counter(row for _, rows in shares for row in rows)
     table: Counts = counts.numpy()
-    unsigned, last = FORMATS[batch.dtype].unsigned, FORMATS[batch.dtype].last
+    form = FORMATS[batch.dtype]
     above = digit.shift + digit.width
-    bits = unsigned(digit.shift), unsigned((1 << digit.width) - 1)
-    bits_above = unsigned(above), unsigned(last >> above)
+    bits = form.unsigned(digit.shift), form.unsigned((1 << digit.width) - 1)
+    bits_above = form.unsigned(above), form.unsigned(form.magnitude_bits >> above)
     of_rows = None if prefixes is None else _scalars(batch.dtype, prefixes)
     makes_scores = _makes_scores(batch)
     count_all = _count_scores if makes_scores else _count_magnitudes
@@ -632,7 +644,7 @@ def copy_between(batch: Batch, low: Tensor, high: Tensor, above: Tensor) -> list
         most = [most_copies(piece.patterns.size) + _SCORED for piece in shares[index]]
         room = np.empty(max(most), form.unsigned)
         for piece, size in zip(shares[index], most, strict=True):
-            limits = form.unsigned(form.last), lows[piece.row], highs[piece.row]
+            limits = form.unsigned(form.magnitude_bits), lows[piece.row], highs[piece.row]
             copied, higher = copy_pass(*piece.scored, *limits, room[:size])
             part = None if copied < 0 else room[:copied] & limits[0]
             results[index].append((part, higher))
@@ -662,7 +674,7 @@ def mask_below_(batch: Batch, thresholds: Tensor, totals: Tensor) -> None:
     shares = _shares(batch)
     entry = FORMATS[batch.scores[0].entries.dtype]
     of_rows = _scalars(batch.dtype, thresholds)
-    of_entries = np.uint32(entry.widening), entry.unsigned(entry.last)
+    of_entries = np.uint32(entry.widening), entry.unsigned(entry.magnitude_bits)
     mask_pass = _mask_scores if _makes_scores(batch) else _mask_magnitudes
     results: list[list[tuple[int, _Sums]]] = [[] for _ in shares]
 

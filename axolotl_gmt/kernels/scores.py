@@ -1,4 +1,4 @@
-"""How the entries of one flat tensor score: the kinds of scores that the passes can read.
+"""How the entries of one flat tensor score: the classes of scores that the passes can read.
 
 A score is made where a pass needs it, from what stands in its fields, and is kept nowhere but in
 :class:`Given`. What counts is a score's bit pattern without the sign: an entry that is NaN or

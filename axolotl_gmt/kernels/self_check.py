@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from axolotl_gmt.kernels import eager
-from axolotl_gmt.kernels.contract import TOTALS, Backend, Batch, CPUBackend
+from axolotl_gmt.kernels.contract import TOTALS, Backend, Batch, CompiledBackend, CPUBackend
 from axolotl_gmt.kernels.dtypes import FORMATS, Digit, digits
 from axolotl_gmt.kernels.scores import Bits, Hashes, Inverses, Kind, Magnitudes, Scores, Weighted
 
@@ -22,8 +23,8 @@ LOG = logging.getLogger(__name__)
 _LAYOUT = [(0, 3000), (3, 70_001), (1, 0), (2, 1), (1, 63), (0, 65)]
 
 
-def compile_and_check(backend: Backend, device: torch.device, kind: Kind) -> None:
-    """:func:`compare`; once more, without the machine code on disk, if that cannot be used.
+def compile_and_check(backend: CompiledBackend, device: torch.device, kind: Kind) -> None:
+    """Run :func:`compare`; if it fails, once more without the machine code on disk.
 
     Raises:
         Exception: Whatever the last :func:`compare` raised.
@@ -32,23 +33,24 @@ def compile_and_check(backend: Backend, device: torch.device, kind: Kind) -> Non
         compare(backend, device, kind)
     except Exception as error:
         # A full disk or a damaged file: what is compiled anew runs all the same.
-        give_up_cache: Callable[[], str | None] = getattr(backend, "give_up_cache", lambda: None)
-        folder = give_up_cache()
-        if folder is None:
+        cache = backend.give_up_cache()
+        if cache is None:
             raise
         compare(backend, device, kind)
         LOG.warning(
             "GMT compiles its passes anew in every run, which takes some seconds, because the "
             "machine code kept in %s cannot be used or written (%s: %s). Make room there, or "
-            "delete that folder's numba_cpu.* files, or name another one by NUMBA_CACHE_DIR.",
-            folder,
+            "delete that folder's %s files, or name another one by %s.",
+            cache.folder,
             type(error).__name__,
             error,
+            cache.files,
+            cache.variable,
         )
 
 
 @torch.no_grad()
-def compare(backend: Backend, device: torch.device, kind: Kind) -> None:
+def compare(backend: CompiledBackend, device: torch.device, kind: Kind) -> None:
     """Compile the passes for a kind of scores, and check on this device that they do as torch's.
 
     Raises:
@@ -56,23 +58,22 @@ def compare(backend: Backend, device: torch.device, kind: Kind) -> None:
         Exception: Whatever a compiler raises that cannot be used.
     """
     name = f"{kind.scores.__name__} of {kind.entries} as {kind.compared}"
+    copies = isinstance(backend, CPUBackend)
     for scores in _examples(backend, kind, device):
         batch = Batch(scores, [index % 2 for index in range(len(scores))], kind.compared)
-        some = scores[0].patterns(96, 98, kind.compared).long()
-        if kind.scores is not Bits:  # Their threshold is known.
-            _compare_counts(backend, batch, some, name)
-            if hasattr(backend, "copy_between"):
-                _compare_copies(cast(CPUBackend, backend), batch, some, name)
-        _compare_masks(backend, batch, some, name)
+        clones = [replace(one, entries=one.entries.clone()) for one in scores]
+        thresholds = scores[0].patterns(96, 98, kind.compared).long()
+        results = _results(backend, batch, thresholds, copies)
+        of_torch = _results(cast(Backend, eager), batch._replace(scores=clones), thresholds, copies)
+        for (differs, result), (_, expected) in zip(results, of_torch, strict=True):
+            if not _are_alike(result, expected):
+                raise RuntimeError(f"its {differs.format(name)} from torch's")
 
 
-def _examples(backend: Backend, kind: Kind, device: torch.device) -> Iterator[list[Scores]]:
+def _examples(backend: CompiledBackend, kind: Kind, device: torch.device) -> Iterator[list[Scores]]:
     """Scores of a kind at addresses and of sizes around those where a pass may go wrong."""
-    layouts = [_LAYOUT]
-    if hasattr(backend, "boundaries"):
-        layouts.append(list(backend.boundaries(kind.entries.itemsize)))
     generator = torch.Generator("cpu").manual_seed(0)
-    for layout in layouts:
+    for layout in filter(None, (_LAYOUT, list(backend.boundaries(kind.entries.itemsize)))):
         scores: list[Scores] = []
         for offset, size in layout:
             values, weights = torch.randn(2, offset + size, generator=generator, device="cpu")
@@ -96,39 +97,36 @@ def _examples(backend: Backend, kind: Kind, device: torch.device) -> Iterator[li
         yield scores
 
 
-def _compare_counts(backend: Backend, batch: Batch, some: Tensor, name: str) -> None:
-    upper, *lower = digits(batch.dtype)
-    cases: list[tuple[Digit, Tensor | None]] = [(upper, None)]
-    cases += [(digit, some >> (digit.shift + digit.width)) for digit in lower]
-    for (digit, prefixes), dtype in itertools.product(cases, [torch.int32, torch.int64]):
-        counts = torch.zeros(2, 1 << digit.width, dtype=dtype, device=some.device)
-        expected = torch.zeros_like(counts)
-        backend.count_digits(batch, digit, prefixes, counts)
-        eager.count_digits(batch, digit, prefixes, expected)
-        if not torch.equal(counts, expected):
-            raise RuntimeError(f"its count of {name} differs from torch's")
-
-
-def _compare_copies(backend: CPUBackend, batch: Batch, low: Tensor, name: str) -> None:
-    high, above = low + (FORMATS[batch.dtype].infinity >> 11), torch.zeros_like(low)
-    expected_above = torch.zeros_like(low)
-    copies = backend.copy_between(batch, low, high, above)
-    expected = eager.copy_between(batch, low, high, expected_above)
-    for copy, other in zip(copies, expected, strict=True):
-        if copy is None or other is None or not torch.equal(copy, other):
-            raise RuntimeError(f"its copies of {name} differ from torch's")
-    if not torch.equal(above, expected_above):
-        raise RuntimeError(f"its count of high {name} differs from torch's")
-
-
-def _compare_masks(backend: Backend, batch: Batch, thresholds: Tensor, name: str) -> None:
-    clones = [replace(scores, entries=scores.entries.clone()) for scores in batch.scores]
-    totals = torch.zeros(len(clones), TOTALS, dtype=torch.float64, device=thresholds.device)
-    expected = torch.zeros_like(totals)
+def _results(
+    backend: Backend, batch: Batch, thresholds: Tensor, copies: bool
+) -> Iterator[tuple[str, Tensor | None]]:
+    """What each pass makes of the batch, and what to call it if it differs; masks the batch."""
+    new = partial(torch.zeros, device=thresholds.device)
+    if not isinstance(batch.scores[0], Bits):  # Their threshold is known, so nobody counts them.
+        upper, *lower = digits(batch.dtype)
+        cases: list[tuple[Digit, Tensor | None]] = [(upper, None)]
+        cases += [(digit, thresholds >> (digit.shift + digit.width)) for digit in lower]
+        for (digit, prefixes), dtype in itertools.product(cases, [torch.int32, torch.int64]):
+            counts = new(2, 1 << digit.width, dtype=dtype)
+            backend.count_digits(batch, digit, prefixes, counts)
+            yield "count of {} differs", counts
+        if copies:
+            high = thresholds + (FORMATS[batch.dtype].infinity >> 11)
+            above = torch.zeros_like(thresholds)
+            for copy in cast(CPUBackend, backend).copy_between(batch, thresholds, high, above):
+                yield "copies of {} differ", copy
+            yield "count of high {} differs", above
+    totals = new(len(batch.scores), TOTALS, dtype=torch.float64)
     backend.mask_below_(batch, thresholds, totals)
-    eager.mask_below_(batch._replace(scores=clones), thresholds, expected)
-    for scores, clone in zip(batch.scores, clones, strict=True):
-        bits = FORMATS[clone.entries.dtype].bits
-        if not torch.equal(scores.entries.view(bits), clone.entries.view(bits)):
-            raise RuntimeError(f"its mask of {name} differs from torch's")
-    torch.testing.assert_close(totals, expected, rtol=1e-4, atol=0, equal_nan=True)
+    for scores in batch.scores:
+        yield "mask of {} differs", scores.entries.view(FORMATS[scores.entries.dtype].bits)
+    yield "totals of {} differ", totals
+
+
+def _are_alike(result: Tensor | None, expected: Tensor | None) -> bool:
+    """Whether results are equal, sums up to rounding; not if one is missing."""
+    if result is None or expected is None:
+        return False
+    if result.is_floating_point():
+        return torch.allclose(result, expected, rtol=1e-4, atol=0, equal_nan=True)
+    return torch.equal(result, expected)

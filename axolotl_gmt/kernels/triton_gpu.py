@@ -56,14 +56,24 @@ from axolotl_gmt.kernels.scores import (
     Bits,
     Hashes,
     Inverses,
+    Kind,
     Magnitudes,
     Products,
     Quotients,
+    Scores,
     Weighted,
 )
-from axolotl_gmt.kernels.scores import Kind as KindOfScores
 
 _VALUE = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+_SOURCES: dict[type[Scores], str] = {
+    Magnitudes: "magnitude",
+    Inverses: "inverse",
+    Products: "product",
+    Quotients: "quotient",
+    Hashes: "hash",
+    Bits: "bit",
+}
 
 _EPSILON = tl.constexpr(EPSILON)
 
@@ -101,7 +111,7 @@ _ADDRESS, _ENTRIES, _ROW, _PROGRAM, _WEIGHTS, _KEY, _POSITION = map(tl.constexpr
 
 @triton.jit
 def _tensor_of(table: tl.tensor, tensors: tl.tensor, program: tl.tensor) -> tl.tensor:
-    """The tensor whose entries a program takes: the last one whose first program it is past."""
+    """The tensor whose entries a program takes: the last whose first program is not after it."""
     low = 0
     high = tensors
     while high - low > 1:
@@ -438,7 +448,7 @@ def _mask_below(
     tl.atomic_add(totals + 5, tl.sum(values_after.to(tl.float64)), sem="relaxed")
 
 
-class Kind(NamedTuple):
+class Variant(NamedTuple):
     """What the tensors of a launch have in common, for which its kernel is specialised.
 
     Attributes:
@@ -459,7 +469,7 @@ class Kind(NamedTuple):
         return {
             "entry": _VALUE[self.entry],
             "weight": _VALUE[self.weight],
-            "last": FORMATS[self.entry].last,
+            "last": FORMATS[self.entry].magnitude_bits,
             "infinity": FORMATS[self.entry].infinity,
             "score": self.score,
             "aligned": self.aligned,
@@ -491,7 +501,7 @@ class Launch(NamedTuple):
         self.kernel[(programs,)](*arguments, **self.constants, **self.options)
 
 
-def count_launch(kind: Kind, digit: Digit, has_prefixes: bool) -> Launch:
+def count_launch(variant: Variant, digit: Digit, has_prefixes: bool) -> Launch:
     """How a digit is counted; with prefixes, only in entries whose bits above it are these.
 
     Without them the digit is the upper one, the first 15 bits after the sign.
@@ -500,37 +510,43 @@ def count_launch(kind: Kind, digit: Digit, has_prefixes: bool) -> Launch:
         constants = {"shift": digit.shift, "width": digit.width}
         size = _LOWER
         return Launch(
-            _count_lower, kind.constants() | constants | size.constants(), size.span, size.options()
+            _count_lower,
+            variant.constants() | constants | size.constants(),
+            size.span,
+            size.options(),
         )
-    assert digit == Digit(FORMATS[kind.dtype()].upper, 15)
-    block = _BLOCK[kind.dtype()]
-    if kind.score == "quotient":  # A division branches, and what is live then must fit.
+    assert digit == Digit(FORMATS[variant.dtype()].first_shift, 15)
+    block = _BLOCK[variant.dtype()]
+    if variant.score == "quotient":  # A division branches, and what is live then must fit.
         block //= 2
     constants = {
-        "window": _WINDOW[kind.dtype()],
+        "window": _WINDOW[variant.dtype()],
         "sample": min(_SAMPLE, block),
         "shared": _HISTOGRAM_IS_FAST,
         "block": block,
         "rare_block": min(_RARE_BLOCK, block),
     }
     options = {"num_warps": 8}
-    if kind.score != "magnitude" and torch.version.hip is None:
+    if variant.score != "magnitude" and torch.version.hip is None:
         options["maxnreg"] = 128  # so that two programs share a multiprocessor, as they do there
-    return Launch(_count_upper, kind.constants() | constants, block, options)
+    return Launch(_count_upper, variant.constants() | constants, block, options)
 
 
-def mask_launch(kind: Kind) -> Launch:
+def mask_launch(variant: Variant) -> Launch:
     """How entries are masked."""
-    return Launch(_mask_below, kind.constants() | _MASK.constants(), _MASK.span, _MASK.options())
+    return Launch(_mask_below, variant.constants() | _MASK.constants(), _MASK.span, _MASK.options())
 
 
-def supports(kind: KindOfScores) -> bool:
-    """Whether there are kernels for scores of that kind."""
-    classes = (Magnitudes, Inverses, Products, Quotients, Hashes, Bits)
+def supports(kind: Kind) -> bool:
+    """Whether there are kernels for scores of that kind; not for those that are given."""
     dtypes = {kind.entries, kind.weights or kind.entries}
     widens = kind.compared == torch.float32
     is_whole = kind.scores is Magnitudes and kind.entries == kind.compared
-    return kind.scores in classes and dtypes <= COMPILED and (widens or is_whole)
+    return kind.scores in _SOURCES and dtypes <= COMPILED and (widens or is_whole)
+
+
+def give_up_cache() -> None:
+    """None: what Triton keeps on disk is left to Triton."""
 
 
 def boundaries(itemsize: int) -> Iterator[tuple[int, int]]:
@@ -561,21 +577,19 @@ def boundary_layouts(itemsize: int, span: int) -> Iterator[tuple[int, int]]:
                 yield offset, span * programs - missing
 
 
-def _kind(batch: Batch) -> Kind:
+def _variant(batch: Batch) -> Variant:
     """What the scores of ``batch``, of one class and of the same dtypes, have in common."""
     scores = batch.scores[0]
-    entry = scores.entries.dtype
+    source, entry = _SOURCES[type(scores)], scores.entries.dtype
     if isinstance(scores, Weighted):
         aligned = all(
             isinstance(score, Weighted) and _is_aligned(score.entries, score.weights)
             for score in batch.scores
         )
-        name = "product" if isinstance(scores, Products) else "quotient"
-        return Kind(name, entry, scores.weights.dtype, aligned)
-    for of_class, name in ((Inverses, "inverse"), (Hashes, "hash"), (Bits, "bit")):
-        if isinstance(scores, of_class):
-            return Kind(name, entry, entry, True)
-    return Kind("magnitude" if entry == batch.dtype else "widened", entry, entry, True)
+        return Variant(source, entry, scores.weights.dtype, aligned)
+    if isinstance(scores, Magnitudes) and entry != batch.dtype:
+        source = "widened"
+    return Variant(source, entry, entry, True)
 
 
 def _is_aligned(entries: Tensor, weights: Tensor) -> bool:
@@ -615,13 +629,13 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 def count_digits(batch: Batch, digit: Digit, prefixes: Tensor | None, counts: Tensor) -> None:
     """See :meth:`~.contract.Backend.count_digits`."""
-    launch = count_launch(_kind(batch), digit, prefixes is not None)
+    launch = count_launch(_variant(batch), digit, prefixes is not None)
     _run(launch, batch, *(() if prefixes is None else (prefixes,)), counts)
 
 
 def mask_below_(batch: Batch, thresholds: Tensor, totals: Tensor) -> None:
     """See :meth:`~.contract.Backend.mask_below_`."""
-    _run(mask_launch(_kind(batch)), batch, thresholds, totals)
+    _run(mask_launch(_variant(batch)), batch, thresholds, totals)
 
 
 def _run(launch: Launch, batch: Batch, *tensors: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -22,33 +22,22 @@ class HeldWeights:
 
     Args:
         gradients: Those of the step.
-        names: The name of each parameter under the mask.
+        masked: The parameters under the mask.
     """
 
-    def __init__(self, gradients: StepGradients, names: Mapping[Tensor, str]) -> None:
+    def __init__(self, gradients: StepGradients, masked: Iterable[Tensor]) -> None:
         self._gradients = gradients
-        self._names = names
+        self._masked = set(masked)
         self._moving: dict[Tensor, Tensor] = {}
         self._copies: dict[Tensor, Tensor] = {}
 
     def choose(self) -> None:
-        """Note where the gradients, which have just been masked, are not 0.
-
-        Raises:
-            TypeError: If a gradient lies otherwise than its weight.
-        """
+        """Note where the gradients, which have just been masked, are not 0."""
         self._moving = {}
-        for parameter, name in self._names.items():
+        for parameter in self._masked:
             gradient = self._gradients.local_gradient(parameter)
             if gradient is None:
                 continue
-            weight = self._gradients.local_weight(parameter)
-            if gradient.shape != weight.shape:
-                raise TypeError(
-                    f"{name} has {tuple(weight.shape)} weights in this process and gradients of "
-                    f"{tuple(gradient.shape)}, so hold (gmt_hold in YAML) cannot tell which go "
-                    "together. Set hold: false, or place the gradient as its weight is."
-                )
             device = gradient.device
             self._moving[parameter] = pack(
                 partial(_is_not_zero, gradient.reshape(-1)),
@@ -60,7 +49,7 @@ class HeldWeights:
     def copy(self, parameters: Iterable[Tensor]) -> None:
         """Copy the weights of those of ``parameters`` that are under the mask."""
         for parameter in parameters:
-            if parameter in self._names:
+            if parameter in self._masked:
                 self._copies[parameter] = self._gradients.local_weight(parameter).clone()
 
     def put_back(self) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from axolotl_gmt.config import GMTConfig, Granularity
-from axolotl_gmt.gradients.agreement import agree
+from axolotl_gmt.criteria import DROP, KEEP, Verdict
+from axolotl_gmt.gradients.agreement import agreement
 from axolotl_gmt.gradients.of_optimizer import step_gradients
 from axolotl_gmt.gradients.shard import Shard, StepGradients, plain_name, shape
 from axolotl_gmt.kernels.contract import TOTALS, Batch
@@ -70,9 +71,9 @@ class GradientMasker:
 
     Attributes:
         holds: Whether weights are held, as ``hold`` says and a mask ratio of 0 forbids.
-        step: The number of optimizer steps before the next one, which criteria that draw anew at
-            each step draw by. Counts steps by itself; set it before each step where these are not
-            the same: in a resumed run, or with several optimizers.
+        step: Steps made so far; criteria that draw anew each step draw by it. It counts by itself.
+            Set it before each step where it would count wrongly: in a resumed run, or with several
+            optimizers.
 
     Example:
         >>> model = torch.nn.Linear(8, 8)
@@ -130,12 +131,8 @@ class GradientMasker:
             RuntimeError: (also at a step) Quoting the error of another rank.
         """
         gradients = step_gradients(optimizer, self._names)
-        facts, failure = {}, None
-        try:
-            facts = self._prepare(gradients)
-        except Exception as error:  # Whatever it is, other ranks must not wait for this one.
-            failure = error
-        agree(gradients.groups(), facts, failure)
+        with agreement(gradients.process_groups()) as facts:
+            facts |= self._prepare(gradients)
         handle = self._handles.get(gradients.optimizer)
         if handle is not None and handle.id in (handle.hooks_dict_ref() or ()):
             raise ValueError(
@@ -261,7 +258,7 @@ class GradientMasker:
 
     @torch.no_grad()
     def _mask(self, gradients: StepGradients, step: int) -> None:
-        """Mask, in place, the gradients that the next step uses."""
+        """Mask, in place, the gradients that this step uses."""
         masked = self._selection.masked(gradients)
         self._scorers.ask(masked)
         shards = self._shards_together(masked, gradients)
@@ -269,18 +266,18 @@ class GradientMasker:
             self._overlap.begin_step(step, gradients)
         statistics = Statistics(self.config.log_modules, self._overlap)
         if step < self.config.warmup_steps:
-            self._mask_whole(shards, statistics, keeps=True)
+            self._mask_whole(shards, statistics, KEEP)
         else:
-            for keeps in (True, False):
-                whole = [s for s in shards if self._scorers.keeps(s) is keeps]
-                self._mask_whole(whole, statistics, keeps)
-            competing = [s for s in shards if self._scorers.keeps(s) is None]
+            for verdict in (KEEP, DROP):
+                whole = [s for s in shards if self._scorers.of_whole(s) is verdict]
+                self._mask_whole(whole, statistics, verdict)
+            competing = [s for s in shards if self._scorers.of_whole(s) is None]
             self._mask_competing(competing, gradients, step, statistics)
-        if self._statistics is None:  # Later, when something is read from the device anyway.
+        if self._statistics is None:  # Later statistics() checks, which reads the device anyway.
             self._scorers.check()
         statistics.sum_over_ranks()
         self._statistics = statistics
-        self.step = step + 1  # However often a closure lets the step mask.
+        self.step = step + 1  # Set, not incremented: a closure may mask one step several times.
 
     def _mask_competing(
         self, shards: Sequence[Shard], gradients: StepGradients, step: int, statistics: Statistics
@@ -311,18 +308,14 @@ class GradientMasker:
         """
         if gradients in self._agreed and any(not parameter.is_cpu for _, parameter in masked):
             return self._shards(masked, gradients)
-        shards, facts, failure = [], {}, None
-        try:
+        with agreement(gradients.process_groups()) as facts:
             shards = self._shards(masked, gradients)
             if self._kept is not None:  # Else a rank may lack a gradient that others have.
-                facts = {
+                facts |= {
                     f"the gradient of {shard.name}": "absent" if shard.is_absent else "present"
                     for shard in shards
                     if shard.ranks
                 }
-        except Exception as error:  # Whatever it is, the others must not wait for this rank.
-            failure = error
-        agree(gradients.groups(), facts, failure)
         self._agreed.add(gradients)
         return shards
 
@@ -344,20 +337,26 @@ class GradientMasker:
                     raise
         return shards
 
-    def _mask_whole(self, shards: Sequence[Shard], statistics: Statistics, keeps: bool) -> None:
+    def _mask_whole(
+        self, shards: Sequence[Shard], statistics: Statistics, verdict: Verdict
+    ) -> None:
         """Keep or drop whole gradients; NaN and infinity survive here too."""
         alike: dict[torch.dtype, list[Shard]] = defaultdict(list)
         for shard in shards:
             alike[shard.entries.dtype].append(shard)
         for dtype, group in alike.items():
-            threshold = 0 if keeps else infinity_pattern(dtype)
+            threshold = 0 if verdict is KEEP else infinity_pattern(dtype)
             scores = [Magnitudes(shard.entries) for shard in group]
             _apply_one(group, scores, threshold, dtype, statistics)
 
     def _batches(
         self, shards: Sequence[Shard], gradients: StepGradients, step: int
     ) -> Iterator[tuple[torch.dtype, list[tuple[list[Shard], list[Scores]]]]]:
-        """Groups with their scores whose thresholds are found together, and their dtype."""
+        """Batches of groups whose thresholds are found together.
+
+        Yields:
+            The dtype, and each group with its scores.
+        """
         groups: dict[str, list[Shard]] = defaultdict(list)
         for shard in shards:
             groups[group_name(shard.name, self.config.granularity)].append(shard)
@@ -371,8 +370,8 @@ class GradientMasker:
             for group in alike_groups:
                 scores = [self._scorers.scores(shard, gradients, step) for shard in group]
                 batch.append((group, scores))
-                # Scores in memory take as much as fp32 gradients do, so such a group is a batch of
-                # its own. Where ranks count together they must form the same batches, and one rank
+                # Scores in memory take as much as fp32 gradients do, so such a group ends its
+                # batch. Where ranks count together they must form the same batches, and one rank
                 # may have a tensor of scores where another has none.
                 is_given = any(isinstance(of_shard, Given) for of_shard in scores) or (
                     are_shared and not all(map(self._scorers.by_magnitude, group))
@@ -394,7 +393,7 @@ class _Step:
         self._held: HeldWeights | None = None
         if masker.holds and self._step >= masker.config.warmup_steps:
             masked = masker._selection.masked(gradients)
-            self._held = HeldWeights(gradients, {tensor: name for name, tensor in masked})
+            self._held = HeldWeights(gradients, [parameter for _, parameter in masked])
 
     def mask(self) -> None:
         self._masker._mask(self._gradients, self._step)
@@ -436,7 +435,7 @@ def _apply(
     thresholds: Tensor,
     statistics: Statistics,
 ) -> None:
-    """Mask ``shards`` by thresholds of their rows, and add what it kept to ``statistics``."""
+    """Mask ``shards`` by thresholds of their rows, and add what was kept to ``statistics``."""
     for key in dict.fromkeys((shard.entries.device, shard.ranks) for shard in shards):
         alike = [i for i, s in enumerate(shards) if (s.entries.device, s.ranks) == key]
         totals = torch.zeros(len(alike), TOTALS, dtype=torch.float64, device=key[0])

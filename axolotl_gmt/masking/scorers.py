@@ -31,7 +31,7 @@ class Scorers:
         """Ask how each parameter is scored, once, and again if there are new ones.
 
         Raises:
-            ValueError: If the criterion does not say, or cannot do with these parameters.
+            ValueError: If the criterion does not say, or refuses these parameters.
         """
         shapes = {name: shape(parameter) for name, parameter in masked}
         if shapes.keys() <= self._by_name.keys():
@@ -45,17 +45,17 @@ class Scorers:
             scorer = scorers.get(parameter) if isinstance(scorers, Mapping) else None
             if not (isinstance(scorer, Verdict) or callable(scorer)):
                 raise ValueError(
-                    f"criterion (gmt_criterion in YAML): {name!r} does not say how {parameter} is "
-                    f"scored, but {scorer!r}. It must return, for every name that it is given, "
-                    "MAGNITUDE, SMALLEST, KEEP, DROP or a function."
+                    f"criterion (gmt_criterion in YAML): {name!r} gives {scorer!r} for "
+                    f"{parameter}. It must return, for every name that it is given, MAGNITUDE, "
+                    "SMALLEST, KEEP, DROP or a function."
                 )
         # What is known stays: a parameter that joins later must not change what is frozen.
         self._by_name = {**scorers, **self._by_name}
 
-    def keeps(self, shard: Shard) -> bool | None:
-        """Whether the whole gradient survives; None if its entries compete."""
+    def of_whole(self, shard: Shard) -> Verdict | None:
+        """KEEP or DROP, if that is said of the whole gradient; None if its entries compete."""
         scorer = self._by_name[shard.name]
-        return scorer is KEEP if scorer in (KEEP, DROP) else None
+        return scorer if isinstance(scorer, Verdict) and scorer in (KEEP, DROP) else None
 
     def by_magnitude(self, shard: Shard) -> bool:
         """Whether the scores are made of the magnitudes of the entries alone."""

@@ -42,7 +42,7 @@ class Selection:
         Raises:
             ValueError: Naming the setting, the pattern and the fix.
         """
-        names = [name for names, _ in gradients.parameters() for name in names]
+        names = [name for of_one, _ in gradients.parameters() for name in of_one]
         for setting in ("include", "exclude"):
             for pattern in getattr(self._config, setting) or ():
                 if not _matches_any([pattern], names):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from axolotl_gmt.gradients.shard import Ranks, Shard, sum_over_ranks
+from axolotl_gmt.gradients.shard import ProcessGroups, Shard, sum_over_ranks
 from axolotl_gmt.kernels.contract import TOTALS
 from axolotl_gmt.masking.overlap import Overlap
 from axolotl_gmt.names import module_name
@@ -27,8 +27,8 @@ class Statistics:
     def __init__(self, by_tensor: bool, overlap: Overlap | None = None) -> None:
         self._by_tensor = by_tensor or overlap is not None
         self._overlap = overlap
-        self._local: dict[tuple[torch.device, Ranks], list[tuple[list[str], Tensor]]] = defaultdict(
-            list
+        self._local: dict[tuple[torch.device, ProcessGroups], list[tuple[list[str], Tensor]]] = (
+            defaultdict(list)
         )
         self._totals: list[tuple[list[str], Tensor]] = []
 
@@ -48,7 +48,7 @@ class Statistics:
         self._local[key].append(([shard.name for shard in shards], totals))
 
     def sum_over_ranks(self) -> None:
-        """Sum over the ranks that hold the shards, when all of them are added."""
+        """Sum over the ranks that hold the shards, once all are added."""
         for (_, ranks), parts in self._local.items():
             total = torch.cat([part for _, part in parts])
             if not self._by_tensor:

@@ -1,12 +1,10 @@
-"""The k-th largest magnitude of groups of entries, exact, found by counting bit patterns.
+"""The k-th largest score of each group of entries, exact, found by counting bit patterns.
 
 For non-negative floats the numeric order is the order of their bit patterns, so a histogram over
 patterns and a sum over its bins find the threshold without sorting (Li et al. 2025, T_k). Wider
 types are counted digit by digit, the upper 15 bits first. NaN patterns lie above that of infinity,
-which makes every broken entry win. Nothing here reads a value back from a GPU.
-
-On a CPU one pass does for wider types what two digits do: a sample tells between which patterns the
-threshold lies, and of the few scores there, which the pass copies, it is known which one it is.
+which makes every broken entry win. Nothing here reads a value back from a GPU. On a CPU
+:mod:`~.sampled` is asked first, which takes one pass for all digits.
 
 Knows no parameters and no trainers, and of ranks only that rows of counts add up.
 """
@@ -15,25 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from axolotl_gmt.gradients.shard import Ranks, Shard, sum_over_ranks
+from axolotl_gmt.gradients.shard import ProcessGroups, Shard, sum_over_ranks
 from axolotl_gmt.kernels.contract import Batch
-from axolotl_gmt.kernels.dispatch import copy_between, count_digits
-from axolotl_gmt.kernels.dtypes import FORMATS, Digit, digits, magnitude_patterns
-from axolotl_gmt.kernels.scores import Hashes, Scores
-
-# A row is sampled in so many runs of so many entries. Longer runs say less of the whole: the
-# entries of one row of a matrix are alike.
-_RUNS = 1024
-_RUN = 8
-# A threshold outside of so many standard deviations around its estimate costs a count.
-_DEVIATIONS = 4
+from axolotl_gmt.kernels.dispatch import count_digits
+from axolotl_gmt.kernels.dtypes import FORMATS, Digit, digits
+from axolotl_gmt.kernels.scores import Scores
+from axolotl_gmt.masking.sampled import sampled_thresholds
 
 
 def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -56,7 +46,7 @@ def find_thresholds(
 ) -> Tensor:
     """T_k of each group: the k-th largest of its n scores, as a bit pattern.
 
-    k = max(1, n - round(mask_ratio * n)). A threshold is at most infinity's pattern, so that
+    How large k is :func:`entries_to_keep` says. A threshold is at most infinity's pattern, so that
     neither NaN nor infinity can ever fall below it. Entries that lie on other ranks count too.
 
     Args:
@@ -70,10 +60,12 @@ def find_thresholds(
         group without entries.
     """
     batch = Batch(scores, rows.of_shard, dtype)
-    # One digit is as cheap as copies. Ranks must count together, whatever one of them could do.
+    # One digit is as cheap as copies. Ranks that share a row must all count: none knows whether the
+    # others could copy.
     if len(digits(dtype)) == 1 or rows.are_shared() or not _may_read_back(scores):
         return _count(batch, rows, mask_ratio)
-    thresholds = _copy(batch, len(rows), mask_ratio)
+    n = torch.tensor(_entries(batch, len(rows)), device="cpu")
+    thresholds = sampled_thresholds(batch, n, entries_to_keep(n, mask_ratio))
     missed = [index for index, row in enumerate(batch.rows) if thresholds[row] is None]
     if missed:
         counted = _count(batch.pick(missed), rows, mask_ratio).tolist()
@@ -83,24 +75,8 @@ def find_thresholds(
 
 
 def _may_read_back(scores: Sequence[Scores]) -> bool:
-    """Whether it costs no waiting to know how many scores are near the threshold."""
+    """Whether scores are in host memory, where reading a value waits for nothing."""
     return all(score.entries.is_cpu for score in scores)
-
-
-def _copy(batch: Batch, rows: int, mask_ratio: float) -> list[int | None]:
-    """The threshold of each row, on one rank; None where it is not where it most likely is."""
-    n = torch.tensor(_entries(batch, rows), device="cpu")
-    k = entries_to_keep(n, mask_ratio)
-    low, high = _limits(batch, n, k)
-    copies = _of_rows(batch, low, high + 1, above := torch.zeros_like(n))
-    thresholds: list[int | None] = []
-    for copy, rank in zip(copies, (k - above).tolist(), strict=True):
-        if copy is None or not 1 <= rank <= len(copy):
-            thresholds.append(None)
-        else:
-            copy.partition(-rank)
-            thresholds.append(int(copy[-rank]))
-    return thresholds
 
 
 def _entries(batch: Batch, rows: int) -> list[int]:
@@ -109,54 +85,6 @@ def _entries(batch: Batch, rows: int) -> list[int]:
     for score, row in batch.pairs():
         entries[row] += score.entries.numel()
     return entries
-
-
-def _limits(batch: Batch, n: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Two patterns, between which the k-th largest of the n scores of a row most likely lies.
-
-    Of m scores that are drawn at random, the share below the k-th largest of all n has the mean
-    1 - k/n and a known deviation. Uniform scores are such a draw, of which need not be looked at.
-    """
-
-    def shares(m: Tensor) -> tuple[Tensor, Tensor]:
-        below, m = 1 - k / n.clamp(min=1), m.clamp(min=1)
-        margin = _DEVIATIONS * (below * (1 - below) / m).sqrt() + 2 / m
-        return (below - margin).clamp(0, 1), (below + margin).clamp(0, 1)
-
-    if all(isinstance(score, Hashes) for score in batch.scores):
-        low, high = (magnitude_patterns(share, batch.dtype).long() for share in shares(n))
-        return low, high
-    form = FORMATS[batch.dtype]
-    # Rows of a matrix have a multiple of 6 entries or of a power of 2, and then not all columns
-    # would be in the sample, if the stride had a factor in common with these.
-    strides = (n // (6 * _RUNS)).clamp(min=_RUN // 6 + 1).mul(6).add(1).tolist()
-    samples = batch._replace(scores=[s.sample(_RUN, strides[row]) for s, row in batch.pairs()])
-    zeros = torch.zeros_like(n)
-    drawn = _of_rows(samples, zeros, torch.full_like(n, form.last), zeros.clone())
-    sizes = torch.tensor([0 if sample is None else len(sample) for sample in drawn], device="cpu")
-    first, last = ((share * sizes).long().tolist() for share in shares(sizes))
-    limits = [(0, form.infinity)] * len(drawn)
-    for row, (sample, lower, upper) in enumerate(zip(drawn, first, last, strict=True)):
-        if sample is not None and lower < upper < len(sample):
-            sample.partition(upper)  # One at a time: two in one call take ten times as long.
-            sample[:upper].partition(lower)
-            limits[row] = int(sample[lower]), min(int(sample[upper]), form.infinity)
-    low, high = torch.tensor(limits, device="cpu").T.contiguous()
-    return low, high
-
-
-def _of_rows(
-    batch: Batch, low: Tensor, high: Tensor, above: Tensor
-) -> list[NDArray[np.signedinteger[Any]] | None]:
-    """What :func:`~axolotl_gmt.kernels.dispatch.copy_between` copies, row by row."""
-    rows: list[list[Tensor | None]] = [[] for _ in range(len(low))]
-    for copy, row in zip(copy_between(batch, low, high, above), batch.rows, strict=True):
-        rows[row].append(copy)
-    whole = [[copy for copy in copies if copy is not None] for copies in rows]
-    return [
-        None if len(some) < len(copies) else (torch.cat(some) if some[1:] else some[0]).numpy()
-        for some, copies in zip(whole, rows, strict=True)
-    ]
 
 
 def _count(batch: Batch, rows: Rows, mask_ratio: float) -> Tensor:
@@ -180,7 +108,7 @@ def _count(batch: Batch, rows: Rows, mask_ratio: float) -> Tensor:
 
 
 def _take_bin(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """The bin that holds the k-th largest entry, and its rank k within that bin.
+    """The bin that holds the k-th largest score, and the k of that score within the bin.
 
     Args:
         counts: int64 ``(groups, bins)``.
@@ -189,8 +117,8 @@ def _take_bin(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     from_top = counts.flip(-1).cumsum(-1)
     above = from_top < k[:, None]
     position = above.sum(-1).clamp(max=counts.size(-1) - 1)
-    rank = k - (from_top * above).amax(-1)
-    return counts.size(-1) - 1 - position, rank
+    nth = k - (from_top * above).amax(-1)
+    return counts.size(-1) - 1 - position, nth
 
 
 def _count_on_every_device(
@@ -198,7 +126,7 @@ def _count_on_every_device(
 ) -> Tensor:
     """Counts of the digit ``(rows, bins)`` on the first tensor's device."""
     devices = [score.entries.device for score in batch.scores]
-    # Half the memory to clear and sum, if no row has more entries than it holds.
+    # Half the memory to clear and sum, if no row has more entries than int32 holds.
     fits = max(_entries(batch, rows)) <= torch.iinfo(torch.int32).max
     dtype = torch.int32 if fits else torch.int64
     total = _no_counts(rows, 1 << digit.width, dtype, devices[0])
@@ -224,10 +152,10 @@ class Rows:
 
     def __init__(self, groups: Sequence[Sequence[Shard]]) -> None:
         self._group: list[int] = []
-        self._ranks: list[Ranks] = []
+        self._ranks: list[ProcessGroups] = []
         self.of_shard: list[int] = []
         for index, group in enumerate(groups):
-            row_of: dict[Ranks, int] = {}
+            row_of: dict[ProcessGroups, int] = {}
             for shard in group:
                 if shard.ranks not in row_of:
                     row_of[shard.ranks] = len(self._group)

@@ -54,6 +54,7 @@ ON_BOTH = [
     "ranks_that_differ_are_refused",
     "a_gradient_missing_on_one_rank_has_its_parameters_dtype",
     "an_error_on_one_rank_is_raised_on_all",
+    "a_gradient_sharded_otherwise_than_its_parameter_is_refused",
 ]
 
 

@@ -26,7 +26,7 @@ from axolotl_gmt import GMTConfig, GradientMasker, criteria
 from axolotl_gmt.criteria import DROP, KEEP
 from axolotl_gmt.gradients.shard import plain_name
 from axolotl_gmt.masking.masker import group_name
-from tests.reference.gmt_reference import masked_by
+from tests.reference.gmt_reference import masked_by, masked_by_scores
 from tests.reference.overlap_reference import MaskHistory
 
 GRANULARITIES: tuple[Any, ...] = ("tensor", "layer", "global")
@@ -559,6 +559,33 @@ def a_gradient_missing_on_one_rank_has_its_parameters_dtype() -> None:
             assert torch.equal(local.to_local(), gradient[start : start + 2]), (granularity, other)
 
 
+def a_gradient_sharded_otherwise_than_its_parameter_is_refused() -> None:
+    """Also where the parameter is whole on every rank. Placements over one rank may differ."""
+    world = dist.get_world_size()
+    mesh, deep = init_device_mesh("cpu", (world,)), init_device_mesh("cpu", (world, 1))
+    whole = torch.randn(2 * world, 6, generator=torch.Generator().manual_seed(5))
+    cases: list[tuple[DeviceMesh, list[Any], list[Any], str | None]] = [
+        (mesh, [Replicate()], [Shard(0)], "placements"),
+        (mesh, [Shard(0)], [Replicate()], "placements"),
+        (mesh, [Shard(0)], [Shard(1)], "placements"),
+        (deep, [Replicate(), Shard(0)], [Shard(1), Shard(0)], "placements"),
+        (deep, [Replicate(), Shard(0)], [Replicate(), Replicate()], None),
+        (deep, [Shard(0), Replicate()], [Shard(0), Shard(1)], None),
+    ]
+    for used, of_parameter, of_gradient, message in cases:
+        weight = nn.Parameter(distribute_tensor(whole, used, of_parameter))
+        weight.grad = distribute_tensor(whole, used, of_gradient)
+        optimizer = torch.optim.SGD([weight], lr=0.0)
+        GradientMasker([("w", weight)], GMTConfig(criterion="gradient_weight")).attach(optimizer)
+        if message is None:
+            masker_step(optimizer)
+            (expected,) = masked_by_scores([whole], [whole * whole], 0.5)
+            assert torch.equal(full(weight.grad), expected), of_gradient
+        else:
+            with pytest.raises(TypeError, match=f"another {message} than its parameter"):
+                masker_step(optimizer)
+
+
 def hashes_that_one_rank_cannot_make_change_nothing() -> None:
     """`random` where ranks differ in what they could do: in layout, gradients, and Numba."""
     from axolotl_gmt.kernels import dispatch
@@ -669,7 +696,7 @@ def an_error_on_one_rank_is_raised_on_all() -> None:
                 masker_step(optimizer)
             assert time.monotonic() - start < 5
             text = str(raised.value)
-            assert "layers.1.weight has another dtype than its sharded parameter" in text
+            assert "layers.1.weight has another dtype than its parameter" in text
             assert (raised.type is TypeError) == (dist.get_rank() == last)
             assert dist.get_rank() == last or f"On rank {last}: TypeError" in text
             break
@@ -935,6 +962,7 @@ CASES = {
         ranks_that_differ_are_refused,
         a_gradient_missing_on_one_rank_has_its_parameters_dtype,
         an_error_on_one_rank_is_raised_on_all,
+        a_gradient_sharded_otherwise_than_its_parameter_is_refused,
         no_gradient_at_all_on_one_rank,
         nothing_is_sent_where_nothing_is_sharded,
         hashes_that_one_rank_cannot_make_change_nothing,

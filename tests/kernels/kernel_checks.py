@@ -112,7 +112,7 @@ def check_counts(module: Any, device: str, name: str, layout: str, content: str)
     memory, cut = _laid_out(layout, content, dtype, device)
     tensors = cut(memory)
     rows = [index * 7 % 3 for index in range(len(tensors))]
-    upper = Digit(FORMATS[dtype].upper, 15)
+    upper = Digit(FORMATS[dtype].first_shift, 15)
     passed: list[tuple[Digit, Tensor | None]] = [(upper, None)]
     if dtype == torch.float32:
         values = magnitude_patterns(memory, dtype) >> 16
@@ -245,7 +245,7 @@ def check_scores(
         for row in range(max(rows) + 1)
     ]
     some = torch.stack([pattern.median() for pattern in of_rows]).clamp(max=infinity)
-    upper = Digit(FORMATS[dtype].upper, 15)
+    upper = Digit(FORMATS[dtype].first_shift, 15)
     for digit in (upper, *digits):
         prefixes = None if digit == upper else some >> (digit.shift + digit.width)
         got = torch.zeros(len(of_rows), 1 << digit.width, dtype=torch.int32, device=device)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from axolotl_gmt import GMTConfig, GradientMasker
-from axolotl_gmt.kernels import dispatch
-from axolotl_gmt.kernels.contract import Backend, Batch, most_copies
+from axolotl_gmt.kernels import dispatch, eager
+from axolotl_gmt.kernels.contract import Backend, Batch, CompiledBackend, most_copies
 from axolotl_gmt.kernels.dtypes import Digit
 from axolotl_gmt.kernels.scores import (
     Hashes,
@@ -358,7 +358,7 @@ def test_a_compiled_pass_that_differs_from_torchs_is_noticed(
     wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = Kind(Magnitudes, torch.float32, None, torch.float32)
-    backend = cast(Backend, numba_cpu)
+    backend = cast(CompiledBackend, numba_cpu)
     compare(backend, torch.device("cpu"), kind)
     nothing: dict[str, Callable[..., Any]] = {
         "count_digits": lambda *arguments: None,
@@ -368,6 +368,18 @@ def test_a_compiled_pass_that_differs_from_torchs_is_noticed(
     monkeypatch.setattr(numba_cpu, wrong, nothing[wrong])
     with pytest.raises(RuntimeError, match="differ"):
         compare(backend, torch.device("cpu"), kind)
+
+
+def test_scores_of_a_class_that_no_pass_knows_are_never_taken_for_magnitudes() -> None:
+    class Unknown(Magnitudes):
+        """A class that was forgotten."""
+
+    scores = Unknown(torch.ones(8))
+    backend = dispatch._backend("cpu", scores.kind(torch.float32))
+    assert backend is cast(Backend, eager)
+    counts = torch.zeros(1, 1 << 15, dtype=torch.int32)
+    with pytest.raises(KeyError):
+        numba_cpu.count_digits(Batch([scores], [0], torch.float32), Digit(16, 15), None, counts)
 
 
 def scores_of_every_kind() -> dict[str, Scores]:

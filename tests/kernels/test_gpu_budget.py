@@ -119,7 +119,7 @@ def test_a_triton_kernel_reads_weights_as_widely_as_they_lie(
     scores = [Products(memory[0, 3:40], memory[1, 3:40]), Products(memory[0], memory[1])]
     if apart:
         scores[1] = Products(memory[0, :40], memory[1, apart : 40 + apart])
-    kind = triton_gpu._kind(Batch(scores, [0, 0], torch.float32))
+    kind = triton_gpu._variant(Batch(scores, [0, 0], torch.float32))
     assert kind.aligned == (apart == 0)
     if apart < 2:
         found = compiler.submit(_read, "mask, product bf16 x bf16", kind.aligned).result()

@@ -112,4 +112,4 @@ def test_the_json_schema_says_what_is_allowed() -> None:
     ],
 )
 def test_the_log_says_what_departs_from_the_paper(settings: Any, words: str) -> None:
-    assert GMTConfig(**settings).selection.partition("criterion gradient")[2] == words
+    assert GMTConfig(**settings).summary.partition("criterion gradient")[2] == words

@@ -567,7 +567,7 @@ def test_a_criterion_that_leaves_a_parameter_out_is_refused(offer: Callable[...,
     for index, scorers in enumerate(("{}", "None", "dict.fromkeys(shapes, 'keep')")):
         name = f"partial_{index}"
         offer(name, TEMPLATE.format(name=name, score="0").replace(whole, scorers))
-        with pytest.raises(ValueError, match=r"does not say how layers\.0\.w is scored, but"):
+        with pytest.raises(ValueError, match=r"gives .* for layers\.0\.w\. It must return"):
             masker_of(parameters(), criterion=name)
 
 

@@ -37,9 +37,8 @@ class GMTPlugin(BasePlugin):
 
     def __init__(self) -> None:
         super().__init__()
-        # Axolotl loads the entry point first, under NAME, and leaves names alone that are loaded.
-        # So that it neither fails on the other spellings nor makes a second active plugin of them,
-        # plugins that do nothing stand under these.
+        # Axolotl has loaded NAME by its entry point. Do-nothing plugins under the other spellings
+        # keep it from failing on them, or from loading a second one.
         plugins = PluginManager().plugins
         for name in PLUGIN_NAMES - {NAME}:
             plugins.setdefault(name, BasePlugin())
@@ -49,7 +48,7 @@ class GMTPlugin(BasePlugin):
             plugins.setdefault(character, BasePlugin())
 
     def register(self, cfg: DictDefault) -> None:
-        """Check the ``gmt_*`` keys of a raw config and put the base optimizer in place of `gmt`.
+        """Settle a raw config, before Axolotl validates it.
 
         Raises:
             ValueError: For a bad setting, naming key, value and fix.

@@ -73,7 +73,7 @@ def settle(cfg: DictDefault) -> Switch:
     _check_spelling_of_optimizer(cfg)
     switch = _switch(cfg)
     if not switch.enabled:
-        _check_nothing_is_set(cfg, sugar=cfg.get("optimizer") == "gmt")
+        _check_nothing_is_set(cfg, by_optimizer=cfg.get("optimizer") == "gmt")
     _put_base_optimizer(cfg)
     if switch.enabled:
         read_config(cfg)
@@ -167,9 +167,11 @@ def _check_keys(cfg: DictDefault) -> None:
             raise ValueError(f"{key}: {cfg[key]!r} is not true or false. Set one of these.")
 
 
-def _check_nothing_is_set(cfg: DictDefault, sugar: bool) -> None:
+def _check_nothing_is_set(cfg: DictDefault, by_optimizer: bool) -> None:
     """Refuse settings of a GMT that is off; with ``optimizer: gmt`` the base still matters."""
-    ignored = set(_set_keys(cfg)) - {"gmt_enabled"} - ({"gmt_base_optimizer"} if sugar else set())
+    ignored = (
+        set(_set_keys(cfg)) - {"gmt_enabled"} - ({"gmt_base_optimizer"} if by_optimizer else set())
+    )
     if ignored:
         fix = (
             "Set gmt_enabled: true, or remove"
