@@ -68,8 +68,17 @@ def interrupted(arguments: list[str], ready: Path, **environment: str) -> tuple[
             while not ready.exists():
                 assert process.poll() is None, process.communicate()
                 time.sleep(0.01)
-            process.send_signal(signal.SIGINT)
-            _, stderr = process.communicate(timeout=60)
+            # Python drops an exception that a signal's handler raises while a finalizer runs, of
+            # which imports have many. So a user, and this, may have to press Ctrl-C again.
+            for _ in range(3):
+                process.send_signal(signal.SIGINT)
+                try:
+                    _, stderr = process.communicate(timeout=40)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+            else:
+                raise AssertionError(f"{arguments} goes on after Ctrl-C")
         finally:
             process.kill()
     return process.returncode, stderr
@@ -97,7 +106,7 @@ def test_ctrl_c_during_imports_exits_with_130(
         tmp_path / "path",
         imported,
         f"import pathlib, time\npathlib.Path({str(ready)!r}).touch()\n"
-        f"try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    raise {error} from None\n",
+        f"try:\n    time.sleep(300)\nexcept KeyboardInterrupt:\n    raise {error} from None\n",
     )
     code, stderr = interrupted(command, ready, PYTHONPATH=path)
     assert code == 130
@@ -120,7 +129,7 @@ def test_ctrl_c_during_the_training_ends_axolotl_too(tmp_path: Path) -> None:
         f"part = pathlib.Path({str(tmp_path / 'part')!r})\n"
         "part.write_text(str(os.getpid()))\n"
         f"part.rename({str(ready)!r})\n"
-        "time.sleep(60)\n"
+        "time.sleep(300)\n"
     )
     code, stderr = interrupted(["quickstart", str(folder)], ready, PYTHONPATH=path)
     assert code == 130
@@ -141,7 +150,7 @@ def test_ctrl_c_ends_the_process_that_scores(toy_model: Path, tmp_path: Path) ->
         f"part = pathlib.Path({str(tmp_path / 'part')!r})\n"
         "part.write_text(str(os.getpid()))\n"
         f"part.rename({str(ready)!r})\n"
-        "time.sleep(60)\n",
+        "time.sleep(300)\n",
     )
     arguments = ["score", str(toy_model), "--data", str(data)]
     code, stderr = interrupted(arguments, ready, PYTHONPATH=path)
