@@ -94,16 +94,16 @@ class Gradients:
 
 
 def mask_step_of(
-    parameters: Sequence[Tensor], mask_ratio: float, criterion: str = "gradient"
+    parameters: Sequence[Tensor], mask_ratio: float, criterion: str = "gradient", **settings: Any
 ) -> NoStep:
-    """An optimizer whose step is GMT's mask step and nothing else."""
+    """An optimizer whose step is GMT's mask step, with these settings, and nothing else."""
     optimizer = NoStep(parameters)
     # In layers, since the criterion half freezes half of each layer's matrices.
     names = [
         (f"layers.{index // 9}.block.tensor{index}.weight", tensor)
         for index, tensor in enumerate(parameters)
     ]
-    config = GMTConfig(mask_ratio=mask_ratio, criterion=criterion)
+    config = GMTConfig(mask_ratio=mask_ratio, criterion=criterion, **settings)
     GradientMasker(names, config).attach(optimizer)
     return optimizer
 

@@ -1,11 +1,14 @@
 """One mask step against other ways to mask, an optimizer's step, and a copy of the same bytes.
 
 The mask step of each built-in criterion: the method itself, which has no other name, and controls.
+Then what is off by default: a mask that stays, weights that are held, and the overlap of masks.
 
 CPU: the gradients of SmolLM2-135M. GPU: those of a Llama of 1B and of 7B.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from gradients import (
@@ -23,6 +26,11 @@ from axolotl_gmt.criteria import BUILT_IN
 
 MASK_RATIO = 0.5
 CRITERIA = tuple(BUILT_IN)  # The built-in ones; gradient is the method itself.
+OFF_BY_DEFAULT: dict[str, dict[str, Any]] = {
+    "a mask that stays": {"mask_interval": "once"},  # Made in the run that does not count.
+    "hold": {"hold": True},
+    "log_overlap": {"log_overlap": True},
+}
 CASES = {
     "cpu": [
         ("SmolLM2-135M", "bf16"),
@@ -43,6 +51,10 @@ def measure(model: str, dtype: str, device: str, runs: int) -> list[Row]:
             gradients.parameters, MASK_RATIO, name
         ).step
         for name in CRITERIA
+    }
+    gmt |= {
+        f"GMT mask step, {name}": mask_step_of(gradients.parameters, MASK_RATIO, **settings).step
+        for name, settings in OFF_BY_DEFAULT.items()
     }
     copies = [torch.empty_like(grad) for grad in grads]
     contenders = {

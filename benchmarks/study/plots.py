@@ -56,7 +56,6 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         figures["ratio"] = draw_ratio(sft)
         figures["forgetting"] = draw_forgetting(sft)
         figures["tuning"] = draw_tuning(sft, dpo)
-        figures["cost"] = draw_cost(sft)
     if any(setting.final for setting in dpo.values()):
         figures["dpo"] = draw_dpo(dpo)
     files = []
@@ -254,27 +253,6 @@ def _draw_tuned(axes: Axes, setting: Setting) -> None:
     )
     best = min(points, key=lambda point: point[1])
     axes.scatter(*best, s=110, facecolor="none", edgecolor=COLOURS[name], zorder=3)
-
-
-def draw_cost(settings: Mapping[str, Setting]) -> Figure:
-    """CPU time of training beside plain fine-tuning's."""
-    found = {label: setting for label, setting in settings.items() if label != "base"}
-    spreads = [setting.cost("train_cpu_seconds", settings["full"]) for setting in found.values()]
-    figure, axes = plt.subplots(figsize=(6.4, 0.38 * len(found) + 1.1), layout="constrained")
-    bars = axes.barh(
-        [_named(setting) for setting in found.values()],
-        [spread.mean for spread in spreads],
-        xerr=[spread.deviation for spread in spreads],
-        color=[COLOURS[setting.method.name] for setting in found.values()],
-        error_kw={"ecolor": "#666666", "capsize": 3},
-    )
-    axes.bar_label(bars, [f"{spread.mean:.2f}" for spread in spreads], padding=10, fontsize=9)
-    axes.axvline(1, color="#333333", lw=0.8, ls=":")
-    axes.set_xlim(0, max(spread.mean + spread.deviation for spread in spreads) * 1.15)
-    axes.invert_yaxis()
-    axes.set_xlabel("processor time of training, full fine-tuning = 1")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
 
 
 def draw_dpo(settings: Mapping[str, Setting]) -> Figure:

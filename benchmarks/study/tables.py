@@ -140,11 +140,6 @@ class Setting:
         pairs = zip(numbers(mine, column), numbers(others, column), strict=True)
         return Spread(tuple(value - other for value, other in pairs))
 
-    def cost(self, column: str, plain: Setting) -> Spread:
-        """Seconds of training over the mean of plain fine-tuning's, of the final cells."""
-        base = plain.spread(column).mean
-        return Spread(tuple(value / base for value in self.spread(column).values))
-
 
 def numbers(rows: Iterable[Row], column: str) -> tuple[float, ...]:
     """The values of a column in the rows that have one."""
@@ -173,9 +168,6 @@ def _columns(task: str, plain: Setting) -> list[Column]:
     def rate(setting: Setting) -> str:
         return "-" if setting.learning_rate is None else f"{setting.learning_rate:g}"
 
-    def cost(column: str) -> Callable[[Setting], str]:
-        return lambda setting: setting.cost(column, plain).text(".2f")
-
     def difference(setting: Setting) -> str:
         return "-" if setting is plain else setting.difference("test_loss", plain).interval("+.4f")
 
@@ -188,8 +180,6 @@ def _columns(task: str, plain: Setting) -> list[Column]:
         ("less full's, seed by seed", difference),
         (accuracy, of("test_accuracy", ".1%")),
         *prose,
-        ("CPU time, full = 1", cost("train_cpu_seconds")),
-        ("wall time, full = 1", cost("train_seconds")),
     ]
 
 

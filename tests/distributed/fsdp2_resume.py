@@ -31,10 +31,10 @@ def train(folder: Path, kill_after: int | None) -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    masker = GradientMasker(
-        model.named_parameters(), GMTConfig(mask_ratio=0.7, granularity="layer")
-    )
+    config = GMTConfig(mask_ratio=0.7, granularity="layer", mask_interval=4, hold=True)
+    masker = GradientMasker(model.named_parameters(), config)
     masker.attach(optimizer)
+    state_file = f"masker-{dist.get_rank()}.pt"
     start = 0
     if checkpoints := sorted(folder.glob("step-*")):
         weights, moments = get_state_dict(model, optimizer)
@@ -42,6 +42,7 @@ def train(folder: Path, kill_after: int | None) -> None:
             {"model": weights, "optimizer": moments}, checkpoint_id=checkpoints[-1]
         )
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+        masker.load_state_dict(torch.load(checkpoints[-1] / state_file))
         start = int(checkpoints[-1].name.removeprefix("step-"))
     for step in range(start + 1, STEPS + 1):
         optimizer.zero_grad()
@@ -55,6 +56,8 @@ def train(folder: Path, kill_after: int | None) -> None:
             state_dict_saver.save(
                 {"model": weights, "optimizer": moments}, checkpoint_id=unfinished
             )
+            torch.save(masker.state_dict(), unfinished / state_file)
+            dist.barrier()
             if dist.get_rank() == 0:
                 unfinished.rename(folder / f"step-{step}")
             dist.barrier()
