@@ -570,10 +570,10 @@ def test_differences_from_full_fine_tuning_are_taken_seed_by_seed() -> None:
 
 def test_pictures_are_drawn_of_whatever_is_there(tmp_path: Path) -> None:
     names = [file.name for file in plots.draw(made_up_rows(), tmp_path)]
-    assert len(names) == 5
+    assert len(names) == 4
     assert all((tmp_path / name).stat().st_size < 300_000 for name in names)
     only_sft = [row for row in made_up_rows() if row["task"] == "sft"]
-    assert len(plots.draw(only_sft, tmp_path)) == 4
+    assert len(plots.draw(only_sft, tmp_path)) == 3
     assert plots.draw([], tmp_path) == []
 
 
