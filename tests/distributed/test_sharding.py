@@ -14,7 +14,6 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from axolotl_gmt.criteria import BUILT_IN
 from tests.reference.gmt_reference import masked
 
 ROOT = Path(__file__).parents[2]
@@ -42,11 +41,6 @@ ON_TWO = [
     "zero_3_clipped",
     "zero_3_cpu_offload",
     "deepspeed_trainer",
-    "mask_overlap_ddp",
-    "mask_overlap_fsdp2",
-    "mask_overlap_of_gradients_missing_on_one_rank",
-    "mask_overlap_zero_2",
-    "mask_overlap_zero_3",
 ]
 ON_FOUR = ["fsdp2", "hsdp", "fsdp2_and_tp", "random_shardings"]
 ON_BOTH = [
@@ -86,54 +80,6 @@ def test_every_mask_is_that_of_one_process(processes: int, case: str) -> None:
     result = torchrun(processes, "tests.distributed.worker", case)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     assert f"ok {case} gradient" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("processes", "case"),
-    [
-        (2, "ddp"),
-        (2, "fsdp2_bf16"),
-        (2, "fsdp2_cpu_offload"),
-        (2, "tp"),
-        (2, "zero_2"),
-        (2, "zero_3_bf16"),
-        (2, "zero_3_cpu_offload"),
-        (4, "fsdp2_and_tp"),
-        (4, "random_shardings"),
-    ],
-)
-def test_criteria_choose_the_mask_of_one_process(processes: int, case: str) -> None:
-    names = {"random", "gradient_weight", "half"}
-    if case in ("fsdp2_bf16", "zero_3_bf16", "random_shardings"):
-        names = BUILT_IN.keys() - {"gradient"}
-    if case == "random_shardings":  # Its shapes need not have matrices in layers.
-        names -= {"half"}
-    result = torchrun(processes, "tests.distributed.worker", case, *names)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    for name in names:
-        assert f"ok {case} {name}" in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("processes", "case"),
-    [
-        (2, "ddp"),
-        (2, "fsdp2_cpu_offload"),
-        (2, "tp"),
-        (4, "fsdp2"),
-        (4, "hsdp"),
-        (2, "zero_1"),
-        (2, "zero_2"),
-        (2, "zero_3"),
-        (2, "zero_3_cpu_offload"),
-    ],
-)
-def test_masks_that_stay_and_held_weights_are_those_of_one_process(
-    processes: int, case: str
-) -> None:
-    result = torchrun(processes, "tests.distributed.sparse_cases", case)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    assert f"ok {case} sparse" in result.stdout
 
 
 @pytest.mark.parametrize("processes", [2, 4])
