@@ -64,7 +64,7 @@ def main() -> None:
     draw_growth(axes[1, 0], "entries", "million entries", "million bf16 entries, in 100 tensors")
     largest = max(row["million entries"] for row in rows_of("growth"))
     draw_growth(
-        axes[1, 1], "tensors", "tensors", f"tensors that hold {largest:,} million bf16 entries"
+        axes[1, 1], "tensors", "tensors", f"tensors, with {largest:,} M bf16 entries in all"
     )
     figure.savefig(HERE.parent / "docs" / "performance.png", dpi=110)
 

@@ -24,18 +24,14 @@ from axolotl_gmt.tools.delta.diff import diff
 from axolotl_gmt.tools.quickstart import Folder, is_trained, prepare, train
 
 HERE = Path(__file__).parent
-BLUE, LIGHT, GREY = "#1f6fb2", "#8fbbe0", "#9aa4ad"
+BLUE, GREY = "#1f6fb2", "#9aa4ad"
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "full": {"gmt_mask_ratio": 0.0},
     "default": {"gmt_mask_ratio": 0.5},
-    "anew": {"gmt_mask_ratio": 0.95},
     "sparse": {"gmt_mask_ratio": 0.95, "gmt_mask_interval": "once", "gmt_hold": True},
 }
 LABELS = {
-    "full": "ratio 0 (no mask)",
-    "default": "ratio 0.5, the default",
-    "anew": "ratio 0.95",
+    "default": "ratio 0.5, the defaults",
     "sparse": "ratio 0.95, once, hold",
 }
 
@@ -74,13 +70,29 @@ def measure(name: str, folder: Folder) -> dict[str, Any]:
     }
 
 
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """A row in Markdown for each setting."""
+    lines = [
+        "| settings | right | entries changed | delta | of the model |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in results.items():
+        size = row["delta bytes"]
+        lines.append(
+            f"| {LABELS[name]} | {row['exact']} of {row['problems']} "
+            f"| {row['changed'] / row['entries']:.2%} | {size / 1e6:,.0f} MB "
+            f"| {size / row['model bytes']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
 def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     """The sizes of the deltas, the right answers and the losses, in one picture."""
     figure, (sizes, answers, curves) = plt.subplots(
-        1, 3, figsize=(13, 3.4), width_ratios=(1, 1, 1.3), layout="constrained"
+        1, 3, figsize=(13, 2.6), width_ratios=(1, 1, 1.3), layout="constrained"
     )
     names = list(results)[::-1]
-    colors = [BLUE if name == "sparse" else GREY if name == "full" else LIGHT for name in names]
+    colors = [BLUE if name == "sparse" else GREY for name in names]
     labels = [LABELS[name] for name in names]
     megabytes = [results[name]["delta bytes"] / 1e6 for name in names]
     bars(sizes, labels, megabytes, colors, "{:,.0f}")
@@ -91,10 +103,7 @@ def draw(results: dict[str, dict[str, Any]], path: Path) -> None:
     bars(answers, [""] * len(names), right, colors, "{:.0f}")
     answers.set_title("right answers, % of 100 new sums", fontsize=10)
     for name, color in zip(names, colors, strict=True):
-        style = ":" if name == "anew" else "-"
-        curves.plot(
-            results[name]["steps"], results[name]["loss"], style, color=color, label=LABELS[name]
-        )
+        curves.plot(results[name]["steps"], results[name]["loss"], color=color, label=LABELS[name])
     curves.set_title("training loss", fontsize=10)
     curves.set_xlabel("step")
     curves.legend(frameon=False, fontsize=8, reverse=True)
@@ -119,12 +128,8 @@ def main() -> None:
     results = {}
     for name in SETTINGS:
         results[name] = measure(name, folder)
-        row = results[name]
-        print(
-            f"{LABELS[name]}: {row['exact']} of {row['problems']} right, "
-            f"{row['changed'] / row['entries']:.2%} changed, "
-            f"delta {row['delta bytes'] / 1e6:,.1f} MB"
-        )
+        print(f"{LABELS[name]}: {results[name]['exact']} of {results[name]['problems']} right")
+    print(table(results))
     path.write_text(json.dumps(results, indent=1) + "\n")
     draw(results, HERE.parent / "docs" / "sparse-tunes.png")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import shlex
 import subprocess
@@ -23,6 +24,7 @@ from markdown_it.token import Token
 from axolotl_gmt import GMTConfig, GradientMasker, criteria
 from axolotl_gmt.cli import gmt
 from axolotl_gmt.tools.recipes import recipe_names
+from benchmarks import sparse_tunes
 from tests.reference.gmt_reference import masked_by_scores
 
 ROOT = Path(__file__).parent.parent
@@ -196,6 +198,11 @@ def test_the_recipes_page_names_every_recipe() -> None:
 
 def test_every_built_in_criterion_has_a_section() -> None:
     assert criteria.BUILT_IN.keys() <= set(headings(DOCS / "criteria.md"))
+
+
+def test_the_figures_of_sparse_tunes_are_those_that_were_measured() -> None:
+    results = json.loads((ROOT / "benchmarks" / "results" / "sparse_tunes.json").read_text())
+    assert sparse_tunes.table(results) in (ROOT / "docs" / "sparse-tunes.md").read_text()
 
 
 def test_the_tests_that_pages_cite_exist() -> None:

@@ -34,6 +34,15 @@ def pack(
     return bits
 
 
+def pack_nonzero(values: Tensor, chunk: int) -> Tensor:
+    """:func:`pack` of where ``values`` ``(n,)`` are not 0, as NaN is not."""
+
+    def flags(start: int, stop: int) -> Tensor:
+        return values[start:stop].bool()  # A quarter of the time of != 0.
+
+    return pack(flags, len(values), chunk, values.device)
+
+
 def unpack(bits: Tensor, start: int, stop: int) -> Tensor:
     """The flags from ``start``, a multiple of 8, to ``stop``: bool ``(stop - start,)``."""
     part = bits[start >> 3 : (stop + 7) >> 3]

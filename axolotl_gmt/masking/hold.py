@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from axolotl_gmt.gradients.shard import StepGradients
-from axolotl_gmt.kernels.bits import pack, unpack
+from axolotl_gmt.kernels.bits import pack_nonzero, unpack
 from axolotl_gmt.kernels.contract import chunk_size
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class HeldWeights:
@@ -36,15 +37,9 @@ class HeldWeights:
         self._moving = {}
         for parameter in self._masked:
             gradient = self._gradients.local_gradient(parameter)
-            if gradient is None:
-                continue
-            device = gradient.device
-            self._moving[parameter] = pack(
-                partial(_is_not_zero, gradient.reshape(-1)),
-                gradient.numel(),
-                chunk_size(device),
-                device,
-            )
+            if gradient is not None:
+                chunk = chunk_size(gradient.device)
+                self._moving[parameter] = pack_nonzero(gradient.reshape(-1), chunk)
 
     def copy(self, parameters: Iterable[Tensor]) -> None:
         """Copy the weights of those of ``parameters`` that are under the mask."""
@@ -60,7 +55,7 @@ class HeldWeights:
                 weight = self._gradients.local_weight(parameter)
                 bits = self._moving[parameter].to(weight.device)
                 moves = unpack(bits, 0, weight.numel()).view(weight.shape)
-                torch.where(moves, weight, copy, out=weight)
+                _put_back(weight, copy, moves)
 
 
 def check_can_hold(optimizer: object) -> None:
@@ -86,5 +81,12 @@ def bytes_copied(gradients: StepGradients, masked: Sequence[Tensor]) -> int:
     )
 
 
-def _is_not_zero(gradient: Tensor, start: int, stop: int) -> Tensor:
-    return gradient[start:stop] != 0
+def _put_back(weight: Tensor, copy: Tensor, moves: Tensor) -> None:
+    """Set ``weight``, in place, to ``copy`` where it does not move."""
+    if not weight.is_cpu:
+        torch.where(moves, weight, copy, out=weight)
+        return
+    # torch's where takes four times as long on a CPU, one entry at a time.
+    integer = _INTEGERS[weight.itemsize]
+    weight, copy = weight.view(integer), copy.view(integer)
+    weight.bitwise_xor_(copy).mul_(moves).bitwise_xor_(copy)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from axolotl_gmt.gradients.shard import Shard, StepGradients, shape
-from axolotl_gmt.kernels.bits import count, pack
+from axolotl_gmt.kernels.bits import count, pack_nonzero
 from axolotl_gmt.kernels.contract import chunk_size
 
 COUNTS = 7
@@ -79,8 +78,7 @@ class Overlap:
             now = torch.zeros_like(before)
         else:
             # In the order of the tensor, not of memory, which need not be the same at each step.
-            is_kept = partial(_is_not_zero, gradient.reshape(-1))
-            now = pack(is_kept, gradient.numel(), chunk_size(device), device)
+            now = pack_nonzero(gradient.reshape(-1), chunk_size(gradient.device))
             before = self._before.get(name, torch.zeros_like(now))
             ever = self._ever[name].bitwise_or_(now) if name in self._ever else now.clone()
             self._now[name], self._ever[name] = now, ever
@@ -109,7 +107,3 @@ class Overlap:
             statistics["mask_overlap"] = both / union if union else 1.0
             statistics["mask_overlap_by_chance"] = expected / expected_union if union else 1.0
         return statistics
-
-
-def _is_not_zero(gradient: Tensor, start: int, stop: int) -> Tensor:
-    return gradient[start:stop] != 0
