@@ -163,7 +163,7 @@ def run_cell(
     """
     if train:
         folder.tested.unlink(missing_ok=True)
-        result = _train(folder)
+        result = train_cell(folder)
         if reference is None:
             chats = read_chats(data.sft("validation"))
             result["validation_loss"] = _scorer(folder.model).answer_loss(chats)
@@ -235,7 +235,7 @@ def read_chats(file: Path, reply: str | None = None) -> list[list[Turn]]:
     return [row["messages"] + ([row[reply]] if reply else []) for row in rows]
 
 
-def _train(folder: CellFolder) -> Result:
+def train_cell(folder: CellFolder) -> Result:
     """Train the cell's YAML as ``axolotl train`` does, and leave an ordinary model folder."""
     from axolotl.cli.train import do_cli
 
