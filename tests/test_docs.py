@@ -205,6 +205,21 @@ def test_the_figures_of_sparse_tunes_are_those_that_were_measured() -> None:
     assert sparse_tunes.table(results) in (ROOT / "docs" / "sparse-tunes.md").read_text()
 
 
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "api" / "index.html").read_text()
+    assert "mask_ratio" in page
+    assert not re.search(r":\w+:<code>", page)  # A role of Sphinx.
+    assert "(../" not in "".join(file.read_text() for file in tmp_path.rglob("index.html"))
+
+
+def test_every_page_is_in_the_site_s_navigation() -> None:
+    listed = re.findall(r"\S+\.md", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(listed) == sorted(file.name for file in DOCS.glob("*.md"))
+
+
 def test_the_tests_that_pages_cite_exist() -> None:
     source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("*.py"))
     for page in PAGES:

@@ -24,7 +24,7 @@ SEEDS = tuple(range(1, 11))
 REPLY_TOKENS = 64  # of each reply of the untrained model that forgetting is measured on, at most
 
 # A step of the grid is a factor of 2.
-_UNIT_RATE = 3e-4
+_UNIT_RATE = 1.5e-4
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ ARMS = (
 
 
 def rate(exponent: int) -> float:
-    """A learning rate of the grid: 0.0003 · 2ᵉ."""
+    """A learning rate of the grid: 0.00015 · 2ᵉ."""
     return _UNIT_RATE * 2.0**exponent
 
 
@@ -102,9 +102,9 @@ def yaml_of(run: Run) -> Yaml:
         "optimizer": "adamw_torch_fused",
         "learning_rate": rate(run.exponent),
         "lr_scheduler": "cosine",
-        "warmup_ratio": 0.1,
+        "warmup_ratio": 0.2,
         "weight_decay": 0.0,
-        "max_grad_norm": 0.0,  # No clipping, which would be another method of its own.
+        "max_grad_norm": 1.0,
         "micro_batch_size": BATCH,
         "gradient_accumulation_steps": 1,
         "num_epochs": 1,
