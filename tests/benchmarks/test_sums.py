@@ -110,12 +110,12 @@ def test_a_grid_grows_until_its_best_rate_is_inside_and_then_seeds_run(study: St
     # -1, 0, 1 and 2 at first; 3 and 4 since the best was at the edge.
     assert len(tuned) == len(set(tuned)) == 3 * 6 * 2
     counted = runner.labels[len(tuned) :]
-    assert counted[:10] == [f"full-lr0.0024-seed{seed}" for seed in design.SEEDS]
-    assert counted[10:12] == ["GMT-0.5-lr0.0024-seed1", "random-0.5-lr0.0024-seed1"]
+    assert counted[:10] == [f"full-lr0.0012-seed{seed}" for seed in design.SEEDS]
+    assert counted[10:12] == ["GMT-0.5-lr0.0012-seed1", "random-0.5-lr0.0012-seed1"]
     assert len(counted) == 30
     kept = sorted(path.parent.name for path in (study.out / "runs").glob("*/model"))
     assert len(kept) == 10
-    assert all(name.startswith("full-lr0.0024-seed") for name in kept)
+    assert all(name.startswith("full-lr0.0012-seed") for name in kept)
     assert len(study.results()) == len(runner.labels)
 
 
@@ -303,7 +303,7 @@ def test_the_csv_gives_every_table_and_picture_and_pairs_go_by_seed(
     assert len(rows) == 1 + 3 * 7
     found = analysis.paired(rows, "test_accuracy", GMT.name, FULL.name)
     assert found.values == pytest.approx((0.1, 0.1, 0.1))
-    assert analysis.tuning_means(rows, GMT.name) == pytest.approx({3e-4: 0.025, 6e-4: 0.05})
+    assert analysis.tuning_means(rows, GMT.name) == pytest.approx({1.5e-4: 0.025, 3e-4: 0.05})
     primary, arms, secondary, seeds, tuning = analysis.tables(rows)
     assert "GMT 0.5 less full | +10.0 [+10.0, +10.0]" in primary
     assert "| untrained | - | 0.0% | 0.250 | 0 |" in arms

@@ -16,7 +16,7 @@ from axolotl_gmt.tools.quickstart import Sum
 Yaml = dict[str, Any]
 
 BATCH = 16  # sums in an optimizer step
-STEPS = 30
+STEPS = 20
 TRAIN = BATCH * STEPS
 TUNING, TEST = 500, 1000
 TUNING_SEEDS = (101, 102)
