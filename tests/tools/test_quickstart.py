@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,34 @@ def test_training_runs_in_the_folder(folder: qs.Folder, monkeypatch: pytest.Monk
     assert (folder.path / "here").read_text() == "sft.yml"
 
 
+def test_what_training_prints_goes_to_a_file_and_steps_are_told(
+    folder: qs.Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qs.prepare(folder, lambda line: None)
+    program = """
+import sys
+print("Tokenizing: 100%|##| 640/640 [00:01<00:00, 500.00it/s]", file=sys.stderr)
+print("[INFO] Starting trainer...", flush=True)
+for step in range(4):
+    sys.stderr.write(f"\\r {25 * step}%|# | {step}/4 [00:0{step}<00:0{4 - step},  1.00s/it]")
+    sys.stderr.flush()
+    print(f"\\n{{'loss': '{3 - step}.5', 'grad_norm': '9.9'}}", flush=True)
+print("caf\u00e9 \\xff")
+"""
+    monkeypatch.setattr(qs, "train_command", lambda recipe: [sys.executable, "-c", program])
+    told: list[qs.TrainingStep] = []
+    qs.train(folder.sft_recipe, told.append)
+    assert told == [
+        qs.TrainingStep(0, 4, None),
+        qs.TrainingStep(1, 4, 3.5),
+        qs.TrainingStep(2, 4, 2.5),
+        qs.TrainingStep(3, 4, 1.5),
+    ]
+    log = qs.training_log(folder.sft_recipe).read_text()
+    assert "640/640" in log
+    assert log.count("'loss'") == 4
+
+
 @pytest.mark.parametrize("recipe", ["sft_recipe", "dpo_recipe"])
 def test_axolotl_trains_the_recipes_with_half_of_the_entries_masked(
     recipe: str, folder: qs.Folder, run_axolotl: RunAxolotl, monkeypatch: pytest.MonkeyPatch
@@ -188,10 +217,12 @@ def trainings(folder: qs.Folder, toy_model: Path, monkeypatch: pytest.MonkeyPatc
     """Recipes trained so far; training copies the toy and leaves a checkpoint as GMT would."""
     trained: list[Path] = []
 
-    def train(recipe: Path) -> None:
+    def train(recipe: Path, on_step: Callable[[qs.TrainingStep], None]) -> None:
+        on_step(qs.TrainingStep(1, 2, None))
         trained.append(recipe)
-        shutil.copytree(toy_model, folder.sft_output, dirs_exist_ok=True)
-        checkpoint = folder.sft_output / "checkpoint-2"
+        output = recipe.parent / yaml.safe_load(recipe.read_text())["output_dir"]
+        shutil.copytree(toy_model, output, dirs_exist_ok=True)
+        checkpoint = output / "checkpoint-2"
         checkpoint.mkdir()
         history = [
             {"step": 1, "gmt/kept_fraction": 0.25},
@@ -215,6 +246,21 @@ def test_quickstart_trains_once_and_scores_every_time(
         assert "0 (0%)" in result.stdout
         assert trainings == [folder.sft_recipe]
     assert f"Kept {folder.sft_output}" in result.stderr
+    assert f"gmt-tools inspect {folder.path}/base {folder.path}/sft" in result.stderr
+    assert f"gmt-tools quickstart {folder.path} --compare" in result.stderr
+
+
+def test_a_comparison_trains_the_same_at_ratio_0(folder: qs.Folder, trainings: list[Path]) -> None:
+    qs.prepare(folder, lambda line: None)
+    folder.sft_recipe.write_text(folder.sft_recipe.read_text().replace("3.0e-4", "1.0e-4"))
+    result = CliRunner().invoke(gmt, ["quickstart", str(folder.path), "--compare"])
+    assert result.exit_code == 0, result.output
+    assert trainings == [folder.sft_recipe, folder.plain_recipe]
+    masked, plain = (yaml.safe_load(recipe.read_text()) for recipe in trainings)
+    assert masked | {"gmt_mask_ratio": 0.0, "output_dir": "./plain"} == plain
+    assert plain["learning_rate"] == 1e-4
+    assert result.stdout.count("0 (0%)") >= 3
+    assert "--compare" not in result.stderr
 
 
 def test_an_interrupted_training_is_done_again(folder: qs.Folder, trainings: list[Path]) -> None:
@@ -251,6 +297,7 @@ def test_a_training_that_fails_is_reported(
     )
     result = CliRunner().invoke(gmt, ["quickstart", str(folder.path)])
     assert_one_line_failure(result, "exit code 3")
+    assert str(folder.path / "sft.log") in result.stderr
 
 
 def test_a_folder_that_cannot_be_written_gets_one_line(folder: qs.Folder) -> None:
