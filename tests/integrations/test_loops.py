@@ -1,4 +1,4 @@
-"""The loops in docs/trl.md: what they train equals a plain loop with the gradients masked by hand."""
+"""The loops in docs/trl.md train what a plain loop does whose gradients are masked by hand."""
 
 from __future__ import annotations
 
