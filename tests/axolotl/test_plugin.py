@@ -9,12 +9,15 @@ from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
+import yaml
+from axolotl.cli.utils.train import generate_config_files
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.config import prepare_plugins, validate_config
 from axolotl.utils.dict import DictDefault
 
 from axolotl_gmt import GMTCallback, GMTConfig, GMTPlugin, GMTReportCallback
 from axolotl_gmt.integrations.axolotl.args import GMTArgs, read_config
+from tests.test_docs import snippets
 
 LISTED = {"plugins": ["axolotl_gmt"]}
 
@@ -386,3 +389,23 @@ def test_every_setting_is_a_documented_key_of_the_schema() -> None:
     of_config = {f"gmt_{name}" for name in GMTConfig.model_fields}
     assert set(GMTArgs.model_fields) == only_in_yaml | of_config
     assert all(field.description for field in GMTArgs.model_fields.values())
+
+
+def test_a_sweep_over_gmt_s_keys_makes_a_good_config_of_each_combination(tmp_path: Path) -> None:
+    """The files in docs/recipes.md, through the code of ``axolotl train --sweep``."""
+    page = Path(__file__).parents[2] / "docs" / "recipes.md"
+    lists, paired = snippets(page, "yaml")
+    base, sweep = tmp_path / "my.yml", tmp_path / "sweep.yml"
+    base.write_text("plugins: [axolotl_gmt]\noptimizer: sgd\noutput_dir: out\n")
+    found = []
+    for text in (lists, paired):
+        sweep.write_text(text)
+        for file, is_group in generate_config_files(str(base), str(sweep)):
+            assert is_group
+            cfg = prepared(**yaml.safe_load(Path(file).read_text()))
+            Path(file).unlink()
+            config = read_config(DictDefault(cfg))
+            found.append((config.mask_ratio, config.criterion, cfg["learning_rate"]))
+    lists_of = [(ratio, "gradient", lr) for ratio in (0.0, 0.5, 0.9) for lr in (1e-4, 2e-4)]
+    assert sorted(found[:6]) == lists_of
+    assert sorted(found[6:]) == [(0.0, "gradient", 1e-4), (0.5, "random", 2e-4)]
