@@ -98,6 +98,16 @@ def run(site: Path, folder: Path, *command: str) -> str:
     return result.stdout
 
 
+def test_the_commands_of_the_installed_wheel_work(site: Path, tmp_path: Path) -> None:
+    program = str(site / "bin" / "gmt-tools")
+    recipes = run(site, tmp_path, program, "recipes")
+    for recipe in (ROOT / "example_configs").glob("*.yml"):
+        assert recipe.stem in recipes
+    run(site, tmp_path, program, "recipe", "sft-smollm2-360m", "-o", "my.yml")
+    assert "my.yml: good" in run(site, tmp_path, program, "check", "my.yml")
+    assert f"axolotl-gmt   {__version__}" in run(site, tmp_path, program, "env")
+
+
 EXAMPLE = """
 import sys
 from pathlib import Path
@@ -119,12 +129,3 @@ print(weight.tolist())
 def test_a_masker_of_the_installed_wheel_masks(site: Path, tmp_path: Path) -> None:
     said = run(site, tmp_path, sys.executable, "-c", EXAMPLE, str(site))
     assert said == "[0.0, 4.0, -3.0, 0.0]\n"
-
-
-def test_the_commands_of_the_installed_wheel_work(site: Path, tmp_path: Path) -> None:
-    program = str(site / "bin" / "gmt-tools")
-    recipes = run(site, tmp_path, program, "recipes")
-    for recipe in (ROOT / "example_configs").glob("*.yml"):
-        assert recipe.stem in recipes
-    run(site, tmp_path, program, "recipe", "sft-smollm2-360m", "-o", "my.yml")
-    assert "my.yml: good" in run(site, tmp_path, program, "check", "my.yml")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import click
 
-from axolotl_gmt.cli import apply, check, diff, inspect, quickstart, recipes, report, score
+from axolotl_gmt.cli import apply, check, diff, env, inspect, quickstart, recipes, report, score
 from axolotl_gmt.cli.console import Commands
 
 
@@ -21,6 +21,7 @@ for command in (
     apply.apply,
     check.check,
     diff.diff,
+    env.env,
     inspect.inspect,
     quickstart.quickstart,
     recipes.recipe,
