@@ -8,7 +8,18 @@ from __future__ import annotations
 
 import click
 
-from axolotl_gmt.cli import apply, check, diff, env, inspect, quickstart, recipes, report, score
+from axolotl_gmt.cli import (
+    apply,
+    check,
+    diff,
+    env,
+    inspect,
+    quickstart,
+    recipes,
+    report,
+    schema,
+    score,
+)
 from axolotl_gmt.cli.console import Commands
 
 
@@ -27,6 +38,7 @@ for command in (
     recipes.recipe,
     recipes.recipes,
     report.report,
+    schema.schema,
     score.score,
 ):
     gmt.add_command(command)
