@@ -75,7 +75,9 @@ def test_the_sdist_has_what_is_needed_to_build_and_test_it(dist: Path) -> None:
     found = in_sdist(dist)
     for folder in ("axolotl_gmt", "example_configs", "tests", "docs", "benchmarks", "tools"):
         assert files(ROOT / folder) <= found
-    assert {"pyproject.toml", "Makefile", "README.md", "LICENSE", "CHANGELOG.md"} <= found
+    assert files(ROOT / ".ci") | files(ROOT / ".github") <= found
+    assert {file.name for file in ROOT.glob("*.md")} <= found
+    assert {"CITATION.cff", "LICENSE", "Makefile", "pyproject.toml"} <= found
     assert not {name for name in found if CACHES.intersection(Path(name).parts)}
 
 
