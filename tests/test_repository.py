@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from axolotl_gmt import __version__
 from axolotl_gmt.cli import gmt
@@ -137,3 +140,21 @@ def test_the_citation_is_that_of_the_readme_and_of_this_version() -> None:
     for page in ("README.md", "docs/method.md"):
         assert f"*{paper['title']}*" in " ".join((ROOT / page).read_text(encoding="utf-8").split())
         assert paper["url"] in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_readme_supports_what_the_package_asks_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    needs = {need.name: need.specifier for need in map(Requirement, project["dependencies"])}
+    (of_axolotl,) = map(Requirement, project["optional-dependencies"]["axolotl"])
+    pins = {need.name: need.specifier for need in map(Requirement, requires("axolotl") or [])}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (\w+), (.*)$", text, re.MULTILINE))
+    assert str(of_axolotl.specifier) == "<0.22,>=0.21"
+    assert "| 0.21.0, " in rows["Axolotl"]
+    assert "| 0.21 only" in rows["Axolotl"]
+    for package, name in (("transformers", "Transformers"), ("trl", "TRL")):
+        pinned = str(pins[package]).removeprefix("==")
+        assert f"{name} {pinned}" in rows["Axolotl"]
+        assert f"| {pinned} by the tests" in rows[name]
+    oldest = str(needs["transformers"]).removeprefix(">=")
+    assert rows["Transformers"].endswith(f"| {oldest} or newer |")
