@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from axolotl_gmt.integrations.report_callback import GMTReportCallback as GMTReportCallback
     from axolotl_gmt.masking.masker import GradientMasker as GradientMasker
 
-__version__ = "0.1.0"
+__version__ = "0.1.0.dev0"
 
 # Imported on first use, so that importing the package imports neither axolotl nor torch.
 _HOME = {

@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from axolotl_gmt.tools.environment import cpu_name
+
 Row = dict[str, Any]
 Case = tuple[Any, ...]
 
@@ -150,23 +152,12 @@ def machine() -> dict[str, Any]:
     """Processor, cores and memory, and the GPU if there is one."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "torch threads": torch.get_num_threads(),
         "memory_gib": round(memory / 2**30),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    for line in lines:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def versions() -> dict[str, str]:

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 import click
 
-from axolotl_gmt.cli import apply, check, diff, inspect, quickstart, recipes, report, score
+from axolotl_gmt.cli import (
+    apply,
+    check,
+    diff,
+    env,
+    inspect,
+    quickstart,
+    recipes,
+    report,
+    schema,
+    score,
+)
 from axolotl_gmt.cli.console import Commands
 
 
@@ -21,11 +32,13 @@ for command in (
     apply.apply,
     check.check,
     diff.diff,
+    env.env,
     inspect.inspect,
     quickstart.quickstart,
     recipes.recipe,
     recipes.recipes,
     report.report,
+    schema.schema,
     score.score,
 ):
     gmt.add_command(command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from axolotl_gmt.cli.console import PlainConsole, UserPath, printable, remarks
+from axolotl_gmt.cli.console import PlainConsole, UserPath, printable, remarks, require_axolotl
 
 if TYPE_CHECKING:
     from axolotl_gmt.tools.check.report import Plan, Report
@@ -60,8 +59,7 @@ def check(configs: Sequence[Path], gpus: int | None, share: bool, as_json: bool)
       axolotl gmt check grpo.yml --gpus 8 --share
       axolotl gmt check sft.yml --json | tail -n 1
     """  # noqa: D301
-    if importlib.util.find_spec("axolotl") is None:
-        raise click.UsageError("Axolotl is not installed. Install axolotl-gmt[axolotl].")
+    require_axolotl()
     from axolotl_gmt.tools.check.child import Checker
 
     remarks.print(f"Checking {_counted(len(configs), 'file')}; to start takes some seconds.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,6 +52,12 @@ class UserPath(click.Path):
         if "\0" in str(value):
             self.fail("has a NUL byte, which no path can have.", param, ctx)
         return super().convert(value, param, ctx)
+
+
+def require_axolotl() -> None:
+    """Refuse a command that needs Axolotl where it is not installed."""
+    if importlib.util.find_spec("axolotl") is None:
+        raise click.UsageError("Axolotl is not installed. Install axolotl-gmt[axolotl].")
 
 
 # Progress and remarks go to stderr, so that what stdout holds can be piped.

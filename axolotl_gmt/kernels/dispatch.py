@@ -30,7 +30,7 @@ _COMPILED = {
     "cpu": ("axolotl_gmt.kernels.numba_cpu", "Numba"),
     "cuda": ("axolotl_gmt.kernels.triton_gpu", "Triton"),
 }
-_failed: set[str] = set()
+_failed: dict[str, Exception] = {}
 
 
 def count_digits(batch: Batch, digit: Digit, prefixes: Tensor | None, counts: Tensor) -> None:
@@ -62,6 +62,18 @@ def mask_below_(batch: Batch, thresholds: Tensor, totals: Tensor) -> None:
                 totals[index] += total
 
 
+def passes(device: str, kind: Kind) -> tuple[str, Exception | None]:
+    """Whose passes take scores of a kind on a type of device; compiles and checks them first.
+
+    Returns:
+        ``Numba``, ``Triton`` or ``torch``, and the error for which compiled passes are not used, if
+        there was one.
+    """
+    if _backend(device, kind) is eager:
+        return "torch", _failed.get(device)
+    return _COMPILED[device][1], None
+
+
 def _parts(batch: Batch, device: torch.device) -> Iterator[tuple[Backend, Batch, Sequence[int]]]:
     """What one backend takes together: scores of one kind and alignment, with their indices."""
     alike: dict[tuple[Kind, bool], list[int]] = defaultdict(list)
@@ -81,6 +93,7 @@ def _compiled(device: str) -> CompiledBackend | None:
     try:
         return cast(CompiledBackend, import_module(_COMPILED[device][0]))
     except Exception as error:  # A package that is broken raises anything as it is imported.
+        _failed[device] = error
         _warn(device, error)
         return None
 
@@ -96,7 +109,7 @@ def _backend(device: str, kind: Kind) -> Backend:
     try:
         compile_and_check(compiled, torch.device(device), kind)
     except Exception as error:
-        _failed.add(device)
+        _failed[device] = error
         _warn(device, error)
         return cast(Backend, eager)
     return compiled

@@ -23,6 +23,10 @@ LOG = logging.getLogger(__name__)
 _LAYOUT = [(0, 3000), (3, 70_001), (1, 0), (2, 1), (1, 63), (0, 65)]
 
 
+class SelfCheckError(RuntimeError):
+    """A compiled pass that does not do as torch's; its message names the pass and nothing else."""
+
+
 def compile_and_check(backend: CompiledBackend, device: torch.device, kind: Kind) -> None:
     """Run :func:`compare`; if it fails, once more without the machine code on disk.
 
@@ -54,7 +58,7 @@ def compare(backend: CompiledBackend, device: torch.device, kind: Kind) -> None:
     """Compile the passes for a kind of scores, and check on this device that they do as torch's.
 
     Raises:
-        RuntimeError: Naming the pass that differs.
+        SelfCheckError: Naming the pass that differs.
         Exception: Whatever a compiler raises that cannot be used.
     """
     name = f"{kind.scores.__name__} of {kind.entries} as {kind.compared}"
@@ -67,7 +71,7 @@ def compare(backend: CompiledBackend, device: torch.device, kind: Kind) -> None:
         of_torch = _results(cast(Backend, eager), batch._replace(scores=clones), thresholds, copies)
         for (differs, result), (_, expected) in zip(results, of_torch, strict=True):
             if not _are_alike(result, expected):
-                raise RuntimeError(f"its {differs.format(name)} from torch's")
+                raise SelfCheckError(f"its {differs.format(name)} from torch's")
 
 
 def _examples(backend: CompiledBackend, kind: Kind, device: torch.device) -> Iterator[list[Scores]]:

@@ -1,17 +1,19 @@
-"""The ``gmt_*`` keys of an Axolotl config, each with its type and meaning."""
+"""The ``gmt_*`` keys of an Axolotl config, each with its type and meaning.
+
+Imports neither Axolotl nor Transformers, so that the schema of the keys comes at once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_type_hints
 
-from axolotl.utils.dict import DictDefault
 from pydantic import BaseModel, Field, ValidationError, create_model
-from transformers.training_args import OptimizerNames
 
 from axolotl_gmt.config import GMTConfig, explain
 
 PREFIX = "gmt_"
-DEFAULT_BASE_OPTIMIZER = OptimizerNames.ADAMW_TORCH_FUSED.value
+DEFAULT_BASE_OPTIMIZER = "adamw_torch_fused"
 
 
 class _SwitchArgs(BaseModel):
@@ -48,7 +50,7 @@ GMTArgs = create_model(
 )
 
 
-def read_config(cfg: DictDefault) -> GMTConfig:
+def read_config(cfg: Mapping[str, Any]) -> GMTConfig:
     """The settings of GMT in an Axolotl config.
 
     Raises:

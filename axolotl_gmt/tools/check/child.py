@@ -30,7 +30,7 @@ GIBIBYTES = 8
 
 _OUT_OF_MEMORY = 3
 _HAS_GPU = "AXOLOTL_GMT_CHECK_HAS_GPU"  # The child itself is to find none.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "AXOLOTL_DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
     "CUDA_VISIBLE_DEVICES": "",
@@ -39,6 +39,7 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
+"""Variables of a process that imports Axolotl: no GPU, no network, few threads."""
 _REPORT = TypeAdapter(Report)
 
 
@@ -84,7 +85,7 @@ class Checker:
         # Modules are imported from where this process finds them, and from no other folder.
         environment = {
             **os.environ,
-            **_ENVIRONMENT,
+            **ENVIRONMENT,
             _HAS_GPU: "yes" if _has_gpu() else "no",
             "PYTHONPATH": os.pathsep.join(sys.path),
         }
