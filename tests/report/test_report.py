@@ -134,6 +134,8 @@ def test_the_numbers_are_those_of_the_log() -> None:
         "epoch": 0.6,
         "final_loss": 2 / 6,
         "final_eval_loss": 3 / 6,
+        "final_forgetting": None,
+        "final_forgetting_loss": None,
         "mean_kept_fraction": pytest.approx(fmean(kept)),
         "mean_grad_norm_kept": pytest.approx(log.curves[GRAD_NORM_KEPT].values.mean()),
         "mean_l1_kept": pytest.approx(log.curves[L1_KEPT].values.mean()),
