@@ -88,10 +88,10 @@ class GMTCallback(TrainerCallback):
                 "as GMTCallback(mask_ratio=0.5), or give a GMTConfig."
             )
         self.config = config or GMTConfig(**settings)
-        self._text: HeldOutText | None = None
+        self.held_out_text: HeldOutText | None = None  # On which forgetting is measured.
         if forgetting is not False:
             try:
-                self._text = HeldOutText.read(forgetting)
+                self.held_out_text = HeldOutText.read(forgetting)
             except ValueError as error:
                 raise ValueError(f"forgetting: {error}") from None
         self._setting = forgetting if isinstance(forgetting, bool) else str(forgetting)
@@ -160,12 +160,12 @@ class GMTCallback(TrainerCallback):
             masked_parameters=sum(size.numel() for size in tensors),
             module_order=_module_order(model) if self.config.log_modules else [],
             loss_before=self._forgetting.loss_before if self._forgetting else None,
-            held_out_text=self._text.digest if self._text else None,
+            held_out_text=self.held_out_text.digest if self.held_out_text else None,
         )
         # Joins every trainer_state.json, so that a checkpoint says how it was trained. A callback
         # that is an ExportableState fails to resume a run that began without it.
         settings = self._masker.config.model_dump(mode="json")
-        if self._text:
+        if self.held_out_text:
             settings["forgetting"] = self._setting
         record = Record(args=settings, attributes=attributes)
         state.stateful_callbacks[RECORD] = record.model_dump()
@@ -257,19 +257,19 @@ class GMTCallback(TrainerCallback):
         Raises:
             ValueError: If the trainer's tokenizer or model cannot read the text.
         """
-        self._forgetting = None
-        if self._text is None:
+        self._forgetting, text = None, self.held_out_text
+        if text is None:
             return
         # Models that read more than text come with a processor, which has the tokenizer.
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise ValueError(
-                f"forgetting: {self._text.name} cannot be read without a tokenizer. Give it to the "
+                f"forgetting: {text.name} cannot be read without a tokenizer. Give it to the "
                 "trainer as processing_class."
             )
         before = RunState.read(vars(state)).record.attributes
-        is_same_text = before.held_out_text == self._text.digest
-        windows = self._text.windows(tokenizer, longest_window(model))
+        is_same_text = before.held_out_text == text.digest
+        windows = text.windows(tokenizer, longest_window(model))
         self._forgetting = Forgetting(
             windows, args.device, before.loss_before if is_same_text else None
         )
@@ -277,15 +277,14 @@ class GMTCallback(TrainerCallback):
             if state.global_step and state.is_world_process_zero:
                 LOG.warning(
                     f"Training resumes at step {state.global_step} from a checkpoint that has no "
-                    f"loss on {self._text.name}: gmt/forgetting is what is forgotten from here on."
+                    f"loss on {text.name}: gmt/forgetting is what is forgotten from here on."
                 )
             _remember(state, self._forgetting.measure(model, state.global_step))
         if state.is_world_process_zero:
             announce(
                 LOG,
-                f"Forgetting is measured on {self._forgetting.tokens:,} tokens of "
-                f"{self._text.name}, against a loss of {self._forgetting.loss_before:.4f} nats a "
-                "token.",
+                f"Forgetting is measured on {self._forgetting.tokens:,} tokens of {text.name}, "
+                f"against a loss of {self._forgetting.loss_before:.4f} nats a token.",
             )
 
     def on_save(
