@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import random
+import subprocess
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -333,6 +335,16 @@ def test_the_text_that_ships_is_short_english_and_needs_no_tokenizer_of_chats() 
     assert 1_500 < len(words) < 3_000
     assert len(text.documents) == len(set(map(str, text.documents.values()))) >= 10
     assert BUILT_IN.read_bytes().isascii()
+
+
+def test_the_wheel_holds_the_text_that_ships() -> None:
+    project = Path(__file__).parents[2]
+    build = tomllib.loads((project / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    (package,) = build["targets"]["wheel"]["packages"]  # With all files in it that git has.
+    name = BUILT_IN.relative_to(project / package)
+    listed = ["git", "check-ignore", "--quiet", str(BUILT_IN)]
+    assert name.as_posix() == "texts/english.jsonl"
+    assert subprocess.run(listed, cwd=project).returncode != 0
 
 
 def test_plain_text_is_one_document(tmp_path: Path, toy_model: Path) -> None:
