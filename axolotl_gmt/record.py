@@ -66,7 +66,10 @@ class _Lenient(BaseModel):
 
 
 class Attributes(_Lenient):
-    """What the callback saw when training began."""
+    """What the callback saw when training began.
+
+    Transformers can set them on a new callback, so none has the name of an attribute that it uses.
+    """
 
     base_optimizer: str | None = None
     """Class name of the optimizer whose gradients are masked."""
@@ -80,7 +83,7 @@ class Attributes(_Lenient):
     loss_before: float | None = None
     """Loss on the held-out text before training, if it is measured; a resumed run goes on with it.
     """
-    held_out_text: str | None = None
+    held_out_digest: str | None = None
     """Digest of that text, since the loss on another one tells nothing."""
 
 

@@ -160,7 +160,7 @@ class GMTCallback(TrainerCallback):
             masked_parameters=sum(size.numel() for size in tensors),
             module_order=_module_order(model) if self.config.log_modules else [],
             loss_before=self._forgetting.loss_before if self._forgetting else None,
-            held_out_text=self.held_out_text.digest if self.held_out_text else None,
+            held_out_digest=self.held_out_text.digest if self.held_out_text else None,
         )
         # Joins every trainer_state.json, so that a checkpoint says how it was trained. A callback
         # that is an ExportableState fails to resume a run that began without it.
@@ -268,7 +268,7 @@ class GMTCallback(TrainerCallback):
                 "trainer as processing_class."
             )
         before = RunState.read(vars(state)).record.attributes
-        is_same_text = before.held_out_text == text.digest
+        is_same_text = before.held_out_digest == text.digest
         windows = text.windows(tokenizer, longest_window(model))
         self._forgetting = Forgetting(
             windows, args.device, before.loss_before if is_same_text else None
