@@ -41,6 +41,10 @@ STATISTICS = (
 )
 """Keys in a log; with ``/MODULE`` behind them, those of one module."""
 
+FORGETTING = "gmt/forgetting"
+FORGETTING_LOSS = "gmt/forgetting_loss"
+"""Keys of the loss on a held-out text, in nats a token: less that before training, and as it is."""
+
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
@@ -62,7 +66,10 @@ class _Lenient(BaseModel):
 
 
 class Attributes(_Lenient):
-    """What the callback saw when training began."""
+    """What the callback saw when training began.
+
+    Transformers can set them on a new callback, so none has the name of an attribute that it uses.
+    """
 
     base_optimizer: str | None = None
     """Class name of the optimizer whose gradients are masked."""
@@ -73,6 +80,11 @@ class Attributes(_Lenient):
 
     Empty unless modules are logged. Needed since the JSON log is sorted by name.
     """
+    loss_before: float | None = None
+    """Loss on the held-out text before training, if it is measured; a resumed run goes on with it.
+    """
+    held_out_digest: str | None = None
+    """Digest of that text, since the loss on another one tells nothing."""
 
 
 class Record(_Lenient):

@@ -17,6 +17,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformers import (
     PretrainedConfig,
+    PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -32,9 +33,11 @@ from axolotl_gmt.integrations import mask_files
 from axolotl_gmt.integrations.announcement import announce
 from axolotl_gmt.integrations.console_callback import ShortConsoleCallback
 from axolotl_gmt.integrations.deepspeed_config import check_deepspeed_config
+from axolotl_gmt.integrations.forgetting import Forgetting, longest_window
+from axolotl_gmt.integrations.held_out_text import HeldOutText
 from axolotl_gmt.masking.masker import GradientMasker
 from axolotl_gmt.names import kind_name, module_name
-from axolotl_gmt.record import RECORD, Attributes, Record
+from axolotl_gmt.record import RECORD, Attributes, Record, RunState
 
 LOG = logging.getLogger(__name__)
 
@@ -48,10 +51,16 @@ class GMTCallback(TrainerCallback):
 
     Args:
         config: All settings at once.
+        forgetting: A text that the model is not trained on: the path of a file, or True for one in
+            English that comes with GMT. The mean negative log-likelihood of its tokens, in nats,
+            is measured before training, at each evaluation and at the end, and logged as
+            ``gmt/forgetting_loss``, and less that before training as ``gmt/forgetting``. Each
+            measurement costs a forward pass over the text.
         **settings: The fields of :class:`GMTConfig`, such as ``mask_ratio``.
 
     Raises:
         pydantic.ValidationError: (a ``ValueError``) For a bad or unknown setting.
+        ValueError: If ``forgetting`` names no text.
         TypeError: If both ``config`` and settings are given, or ``config`` is no GMTConfig.
     """
 
@@ -64,7 +73,13 @@ class GMTCallback(TrainerCallback):
     nor what ``TrainingArguments`` have: a trainer does not tell its callbacks.
     """
 
-    def __init__(self, config: GMTConfig | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        config: GMTConfig | None = None,
+        *,
+        forgetting: str | Path | bool = False,
+        **settings: Any,
+    ) -> None:
         if config is not None and settings:
             raise TypeError("Give GMTCallback either a config or settings, not both.")
         if not isinstance(config, GMTConfig | None):
@@ -73,6 +88,14 @@ class GMTCallback(TrainerCallback):
                 "as GMTCallback(mask_ratio=0.5), or give a GMTConfig."
             )
         self.config = config or GMTConfig(**settings)
+        self.held_out_text: HeldOutText | None = None  # On which forgetting is measured.
+        if forgetting is not False:
+            try:
+                self.held_out_text = HeldOutText.read(forgetting)
+            except ValueError as error:
+                raise ValueError(f"forgetting: {error}") from None
+        self._setting = forgetting if isinstance(forgetting, bool) else str(forgetting)
+        self._forgetting: Forgetting | None = None
         self._masker: GradientMasker | None = None
         self._handle: RemovableHandle | None = None
         self._shown: Callable[[], None] = _nothing
@@ -108,6 +131,7 @@ class GMTCallback(TrainerCallback):
         control: TrainerControl,
         model: torch.nn.Module | None = None,
         optimizer: object = None,
+        processing_class: object = None,
         **kwargs: Any,
     ) -> None:
         """Attach the masker to the optimizer that the trainer has made by now."""
@@ -130,14 +154,20 @@ class GMTCallback(TrainerCallback):
             self._masker.load_state_dict(self._load_masks(args, state))
         tensors = [shape(tensor) for _, tensor in self._masker.masked_parameters(optimizer)]
         *_, base_optimizer = nested(optimizer)
+        self._begin_to_measure(args, state, model, processing_class)
         attributes = Attributes(
             base_optimizer=type(base_optimizer).__name__,
             masked_parameters=sum(size.numel() for size in tensors),
             module_order=_module_order(model) if self.config.log_modules else [],
+            loss_before=self._forgetting.loss_before if self._forgetting else None,
+            held_out_digest=self.held_out_text.digest if self.held_out_text else None,
         )
         # Joins every trainer_state.json, so that a checkpoint says how it was trained. A callback
         # that is an ExportableState fails to resume a run that began without it.
-        record = Record(args=self._masker.config.model_dump(mode="json"), attributes=attributes)
+        settings = self._masker.config.model_dump(mode="json")
+        if self.held_out_text:
+            settings["forgetting"] = self._setting
+        record = Record(args=settings, attributes=attributes)
         state.stateful_callbacks[RECORD] = record.model_dump()
         if state.is_world_process_zero:
             extra = self._masker.extra_bytes(optimizer)
@@ -180,10 +210,24 @@ class GMTCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
+        model: torch.nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the statistics of the last step to a training log, and to the trainer's history."""
-        if self._masker is None or logs is None or "loss" not in logs:
+        """Add the statistics of the last step to a training log, and to the trainer's history.
+
+        Forgetting joins the log of an evaluation and the last one, both of which all ranks make.
+        """
+        if self._masker is None or logs is None:
+            return
+        if "loss" not in logs:
+            is_last = "train_runtime" in logs
+            if self._forgetting and (is_last or any(key.startswith("eval_") for key in logs)):
+                assert model is not None
+                is_new = self._forgetting.step != state.global_step
+                measured = self._forgetting.measure(model, state.global_step)
+                logs.update(measured)
+                if is_new:
+                    _remember(state, measured)
             return
         statistics = {f"gmt/{key}": value for key, value in self._masker.statistics().items()}
         if state.is_world_process_zero:  # Other ranks need not remember hundreds of numbers a log.
@@ -200,6 +244,48 @@ class GMTCallback(TrainerCallback):
         logs.update(statistics)
         if state.log_history:  # The trainer copied the log there before it called this.
             state.log_history[-1].update(statistics)
+
+    def _begin_to_measure(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        model: torch.nn.Module,
+        processing_class: object,
+    ) -> None:
+        """Measure the loss on the held-out text, or take that of the run that is resumed.
+
+        Raises:
+            ValueError: If the trainer's tokenizer or model cannot read the text.
+        """
+        self._forgetting, text = None, self.held_out_text
+        if text is None:
+            return
+        # Models that read more than text come with a processor, which has the tokenizer.
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise ValueError(
+                f"forgetting: {text.name} cannot be read without a tokenizer. Give it to the "
+                "trainer as processing_class."
+            )
+        before = RunState.read(vars(state)).record.attributes
+        is_same_text = before.held_out_digest == text.digest
+        windows = text.windows(tokenizer, longest_window(model))
+        self._forgetting = Forgetting(
+            windows, args.device, before.loss_before if is_same_text else None
+        )
+        if self._forgetting.loss_before is None:
+            if state.global_step and state.is_world_process_zero:
+                LOG.warning(
+                    f"Training resumes at step {state.global_step} from a checkpoint that has no "
+                    f"loss on {text.name}: gmt/forgetting is what is forgotten from here on."
+                )
+            _remember(state, self._forgetting.measure(model, state.global_step))
+        if state.is_world_process_zero:
+            announce(
+                LOG,
+                f"Forgetting is measured on {self._forgetting.tokens:,} tokens of {text.name}, "
+                f"against a loss of {self._forgetting.loss_before:.4f} nats a token.",
+            )
 
     def on_save(
         self,
@@ -253,6 +339,7 @@ class GMTCallback(TrainerCallback):
         """Leave the optimizer as it was."""
         self._shown()
         self._detach()
+        self._forgetting = None
 
     def _detach(self) -> None:
         if self._handle is not None:
@@ -267,6 +354,14 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 def _masks_in(checkpoint: Path, args: TrainingArguments) -> Path:
     return mask_files.path_in(checkpoint, args.process_index, args.world_size)
+
+
+def _remember(state: TrainerState, measured: dict[str, float]) -> None:
+    """Put what was measured into the trainer's history, in an entry of its own.
+
+    Transformers makes a table of a model card of the entries of evaluations.
+    """
+    state.log_history.append({"epoch": state.epoch or 0, **measured, "step": state.global_step})
 
 
 def _nothing() -> None:

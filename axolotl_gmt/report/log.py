@@ -25,6 +25,8 @@ from axolotl_gmt.errors import UserError
 from axolotl_gmt.names import kind_name, place
 from axolotl_gmt.record import (
     EVER_KEPT,
+    FORGETTING,
+    FORGETTING_LOSS,
     GRAD_NORM_KEPT,
     KEPT_FRACTION,
     L1_KEPT,
@@ -36,7 +38,7 @@ from axolotl_gmt.record import (
 )
 from axolotl_gmt.report.modules import module_type, stack_labels
 
-CURVES = ("loss", "eval_loss", "learning_rate", *STATISTICS)
+CURVES = ("loss", "eval_loss", FORGETTING, FORGETTING_LOSS, "learning_rate", *STATISTICS)
 
 _OF_MODULE = tuple(f"{key}/" for key in STATISTICS)
 _COLUMNS = 120  # More steps than this are averaged, so that a heat map's cells can be seen.
@@ -202,6 +204,8 @@ class TrainingLog:
             "epoch": self.epoch,
             "final_loss": self.last("loss"),
             "final_eval_loss": self.last("eval_loss"),
+            "final_forgetting": self.last(FORGETTING),
+            "final_forgetting_loss": self.last(FORGETTING_LOSS),
             "mean_kept_fraction": self.mean(KEPT_FRACTION),
             "mean_grad_norm_kept": self.mean(GRAD_NORM_KEPT),
             "mean_l1_kept": self.mean(L1_KEPT),

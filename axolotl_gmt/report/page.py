@@ -21,6 +21,8 @@ from axolotl_gmt.errors import UserError
 from axolotl_gmt.files import whole
 from axolotl_gmt.record import (
     EVER_KEPT,
+    FORGETTING,
+    FORGETTING_LOSS,
     GRAD_NORM_KEPT,
     KEPT_FRACTION,
     L1_KEPT,
@@ -40,6 +42,7 @@ _NAMES = {
     MASK_OVERLAP: "mask overlap",
     MASK_OVERLAP_BY_CHANCE: "mask overlap by chance",
     EVER_KEPT: "ever kept",
+    FORGETTING: "nats a token",
 }
 _MOST_ROWS = 40
 _LONGEST_LABEL = 44
@@ -107,6 +110,8 @@ def facts(log: TrainingLog) -> list[tuple[str, str]]:
     for label, key, number, spec in (
         ("Final loss", "loss", log.last, ".4g"),
         ("Final evaluation loss", "eval_loss", log.last, ".4g"),
+        ("Forgetting, final", FORGETTING, log.last, "+.4f"),
+        ("Held-out loss, final", FORGETTING_LOSS, log.last, ".4g"),
         ("Kept fraction, mean", KEPT_FRACTION, log.mean, ".2%"),
         ("Gradient norm kept, mean", GRAD_NORM_KEPT, log.mean, ".2%"),
         ("L1 norm kept, mean", L1_KEPT, log.mean, ".2%"),
@@ -132,6 +137,12 @@ def pictures(log: TrainingLog) -> list[Picture]:
 def _charts(log: TrainingLog) -> Iterator[Picture]:
     losses = {"training": "loss", "evaluation": "eval_loss"}
     yield from _chart(log, "Loss", losses, "Loss at each logged optimizer step.")
+    forgetting = (
+        "Loss on a text that the model is not trained on (mean negative log-likelihood of its "
+        "tokens), less that before training; above 0 the model predicts the text worse than it did."
+    )
+    before = ("before training", 0.0)
+    yield from _chart(log, "Forgetting", {"forgetting": FORGETTING}, forgetting, before)
     kept = (
         "Non-zero gradient entries that survived the mask, over all entries subject to it. Entries "
         "whose gradient is exactly 0, such as embedding rows of tokens that are not in the batch, "
@@ -339,7 +350,7 @@ def _check_replaceable(folder: Path) -> None:
 
 def _report_files() -> set[str]:
     maps = {_file(key, axis) for key in STATISTICS for axis in ("step", "layer")}
-    return {PAGE, *map(_file, ("loss", "learning_rate", *STATISTICS)), *maps}
+    return {PAGE, *map(_file, ("loss", "learning_rate", FORGETTING, *STATISTICS)), *maps}
 
 
 def _file(key: str, axis: str | None = None) -> str:

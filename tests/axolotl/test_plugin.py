@@ -17,6 +17,7 @@ from axolotl.utils.dict import DictDefault
 
 from axolotl_gmt import GMTCallback, GMTConfig, GMTPlugin, GMTReportCallback
 from axolotl_gmt.integrations.axolotl.args import GMTArgs, read_config
+from axolotl_gmt.integrations.held_out_text import HeldOutText
 from tests.test_docs import snippets
 
 LISTED = {"plugins": ["axolotl_gmt"]}
@@ -94,6 +95,25 @@ def test_an_unlisted_plugin_leaves_the_config_alone() -> None:
         ({"gmt_seed": "x"}, r"gmt_seed: 'x' is not valid"),
         ({"gmt_enabled": "perhaps"}, r"gmt_enabled: 'perhaps' is not true or false"),
         ({"gmt_report": 1}, r"gmt_report: 1 is not true or false"),
+        ({"gmt_forgetting": 5}, r"gmt_forgetting: 5 is neither true nor a file"),
+        ({"gmt_forgetting": ""}, r"gmt_forgetting: '' is neither true nor a file"),
+        ({"gmt_forgetting": "no.txt"}, r"gmt_forgetting: no\.txt is not here; paths are relative"),
+        (
+            {"gmt_forgetting": True, "context_parallel_size": 2},
+            r"context_parallel_size: 2 splits .*Remove it, or gmt_forgetting: True\.",
+        ),
+        (
+            {"gmt_forgetting": True, "context_parallel": {"size": 2}},
+            r"context_parallel_size: 2 splits each sequence",
+        ),
+        ({"gmt_forgetting": True, "reward_model": True}, r"reward_model: True .*predicts no token"),
+        (
+            {
+                "gmt_forgetting": True,
+                "plugins": ["axolotl.integrations.diffusion.DiffusionPlugin"],
+            },
+            r"plugins: '.*DiffusionPlugin' trains a model that does not predict the next token",
+        ),
         (
             {"gmt_mask_rate": 0.5},
             r"gmt_mask_rate: 0\.5 .*Did you mean gmt_mask_ratio\?",
@@ -371,6 +391,21 @@ def test_a_report_is_left_unless_the_config_says_no(
     assert [type(callback) for callback in callbacks] == expected
 
 
+def test_the_text_to_measure_forgetting_on_is_that_of_the_config(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text("Some text.")
+    for setting, expected in (
+        (None, None),
+        (False, None),
+        (True, HeldOutText.read(True)),
+        (str(file), HeldOutText.read(file)),
+    ):
+        cfg = prepared(optimizer="gmt", gmt_forgetting=setting)
+        callback, *_ = GMTPlugin().add_callbacks_post_trainer(DictDefault(cfg), MagicMock())
+        assert isinstance(callback, GMTCallback)
+        assert callback.held_out_text == expected
+
+
 def test_no_spelling_of_the_plugin_makes_a_second_one() -> None:
     real = f"{GMTPlugin.__module__}.{GMTPlugin.__name__}"
     names = [LISTED["plugins"][0], "axolotl_gmt.GMTPlugin", "axolotl_gmt.plugin.GMTPlugin", real]
@@ -385,7 +420,7 @@ def test_no_spelling_of_the_plugin_makes_a_second_one() -> None:
 
 
 def test_every_setting_is_a_documented_key_of_the_schema() -> None:
-    only_in_yaml = {"gmt_enabled", "gmt_base_optimizer", "gmt_report"}
+    only_in_yaml = {"gmt_enabled", "gmt_base_optimizer", "gmt_report", "gmt_forgetting"}
     of_config = {f"gmt_{name}" for name in GMTConfig.model_fields}
     assert set(GMTArgs.model_fields) == only_in_yaml | of_config
     assert all(field.description for field in GMTArgs.model_fields.values())

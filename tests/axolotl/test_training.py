@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,14 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axolotl_gmt import GMTCallback
 from axolotl_gmt.integrations.axolotl.model_card import HEADING, TAGS
+from axolotl_gmt.record import FORGETTING, FORGETTING_LOSS
 from axolotl_gmt.report.log import find_state, read_log
 from tests.conftest import Run, RunAxolotl
+from tests.reference.forgetting_reference import mean_loss
 from tests.reference.gmt_reference import masked, masked_by_scores, random_scores
 
 LORA: dict[str, Any] = {
@@ -464,6 +468,70 @@ def test_looking_at_the_names_first_changes_no_training(
     plain = run_axolotl(sft_yaml, **settings)
     assert looked.weights.keys() == plain.weights.keys()
     assert all(torch.equal(looked.weights[name], plain.weights[name]) for name in plain.weights)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sample_packing": True, "eval_sample_packing": False, "pad_to_sequence_len": True},
+        {**LORA, "lora_dropout": 0.5, "gmt_mask_ratio": 0},
+    ],
+    ids=["packed", "lora"],
+)
+def test_forgetting_is_measured_and_changes_no_training(
+    run_axolotl: RunAxolotl, sft_yaml: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    config = {
+        **sft_yaml,
+        "plugins": ["axolotl_gmt"],
+        "val_set_size": 8,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        **settings,
+    }
+    plain = run_axolotl(config)
+    measured = run_axolotl(config, gmt_forgetting=True)
+    assert_same_weights(plain, measured)
+    logged = [log for log in measured.logs if FORGETTING in log]
+    assert [log["step"] for log in logged] == [0, 2, 3]
+    assert logged[0][FORGETTING] == 0
+    assert len({log[FORGETTING_LOSS] for log in logged}) == 3
+    assert (measured.output / "gmt_report" / "forgetting.png").is_file()
+    assert not any(FORGETTING in log for log in plain.logs)
+
+
+def test_forgetting_in_dpo_is_that_of_the_model_that_is_trained(
+    run_axolotl: RunAxolotl, dpo_yaml: dict[str, Any], toy_model: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "chat.jsonl"
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello there"}]
+    text.write_text(json.dumps({"messages": chat}))
+    settings = {"plugins": ["axolotl_gmt"], "gmt_forgetting": str(text), "learning_rate": 0.01}
+    run = run_axolotl(dpo_yaml, **settings)
+    tokenizer = AutoTokenizer.from_pretrained(toy_model)
+    tokens = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"]
+    logged = [log[FORGETTING_LOSS] for log in run.logs if FORGETTING in log]
+    for folder, loss in zip((toy_model, run.output), (logged[0], logged[-1]), strict=True):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert loss == pytest.approx(mean_loss(model, [tokens], 1024), rel=1e-5)
+    assert logged[0] != logged[-1]
+
+
+def test_a_held_out_text_that_is_missing_stops_the_command_line_before_a_model_is_loaded(
+    sft_yaml: dict[str, Any], tmp_path: Path
+) -> None:
+    file = tmp_path / "sft.yml"
+    settings = {
+        **sft_yaml,
+        "optimizer": "gmt",
+        "gmt_forgetting": "no.txt",
+        "base_model": "no/model",
+    }
+    file.write_text(yaml.safe_dump(settings))
+    result = axolotl_train(file)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("Error: gmt_forgetting: no.txt is not here")
+    assert "no/model" not in result.stderr
 
 
 def test_statistics_reach_tensorboard(

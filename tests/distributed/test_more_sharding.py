@@ -73,3 +73,22 @@ def test_masks_overlap_as_those_of_one_process(case: str) -> None:
     result = torchrun(2, "tests.distributed.worker", case)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
     assert f"ok {case} gradient" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "ddp",
+        "fsdp2",
+        "fsdp2_mixed_precision",
+        "fsdp2_cpu_offload",
+        "zero_2",
+        "zero_3",
+        "zero_3_cpu_offload",
+        "trainer_with_zero_3",
+    ],
+)
+def test_forgetting_is_that_of_one_process_and_changes_no_training(case: str) -> None:
+    result = torchrun(2, "tests.distributed.forgetting_cases", case)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    assert f"ok {case} forgetting" in result.stdout

@@ -175,8 +175,9 @@ def test_settings_come_one_way() -> None:
     with pytest.raises(ValueError, match="is outside"):
         GMTCallback(mask_ratio=1.5)
     for name in ("ratio", "gmt_mask_ratio", "maskRatio"):
+        settings: dict[str, Any] = {name: 0.5}
         with pytest.raises(ValueError, match=rf"{name}\n  there is no .*Did you mean mask_ratio\?"):
-            GMTCallback(None, **{name: 0.5})
+            GMTCallback(None, **settings)
     with pytest.raises(TypeError, match=r"GMTCallback\(0\.5\) .*GMTCallback\(mask_ratio=0\.5\)"):
         GMTCallback(0.5)  # type: ignore[arg-type]
 

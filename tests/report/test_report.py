@@ -27,6 +27,8 @@ from axolotl_gmt.errors import UserError
 from axolotl_gmt.record import (
     EVER_KEPT,
     FOLDER,
+    FORGETTING,
+    FORGETTING_LOSS,
     GRAD_NORM_KEPT,
     KEPT_FRACTION,
     L1_KEPT,
@@ -134,6 +136,8 @@ def test_the_numbers_are_those_of_the_log() -> None:
         "epoch": 0.6,
         "final_loss": 2 / 6,
         "final_eval_loss": 3 / 6,
+        "final_forgetting": None,
+        "final_forgetting_loss": None,
         "mean_kept_fraction": pytest.approx(fmean(kept)),
         "mean_grad_norm_kept": pytest.approx(log.curves[GRAD_NORM_KEPT].values.mean()),
         "mean_l1_kept": pytest.approx(log.curves[L1_KEPT].values.mean()),
@@ -442,6 +446,33 @@ def test_the_overlap_of_masks_is_drawn_with_what_chance_would_give() -> None:
     assert told["Mask overlap by chance, mean"] == "33.33%"
     assert told["Ever kept, final"] == "93.75%"
     assert log.as_dict()["final_ever_kept"] == 0.9375
+
+
+def test_what_was_forgotten_has_a_picture_of_its_own(tmp_path: Path) -> None:
+    state = training_state(4)
+    state["log_history"] = [
+        {"step": 0, FORGETTING: 0.0, FORGETTING_LOSS: 3.0},
+        *state["log_history"],
+        {"step": 2, FORGETTING: -0.125, FORGETTING_LOSS: 2.875},
+        {"step": 4, FORGETTING: 0.25, FORGETTING_LOSS: 3.25},
+    ]
+    log = parse_state(state, "run")
+    (picture,) = (p for p in report_module.pictures(log) if "forgetting" in p.file)
+    assert picture.alt == (
+        "Forgetting from step 0 to step 4. Forgetting: from 0 to 0.25, between -0.125 and 0.25."
+    )
+    told = dict(facts(log))
+    assert told["Forgetting, final"] == "+0.2500"
+    assert told["Held-out loss, final"] == "3.25"
+    assert log.as_dict()["final_forgetting"] == 0.25
+    assert log.as_dict()["final_forgetting_loss"] == 3.25
+    for _ in range(2):  # A report with this picture is replaced as any other.
+        write_report(log, tmp_path / "report")
+    assert (tmp_path / "report" / "forgetting.png").is_file()
+    assert not any(
+        "forgetting" in p.file
+        for p in report_module.pictures(parse_state(training_state(4), "run"))
+    )
 
 
 def test_a_run_without_gmt_says_so_and_shows_its_loss(tmp_path: Path) -> None:

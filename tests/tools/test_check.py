@@ -353,6 +353,27 @@ def test_a_deepspeed_file_is_checked_if_it_is_there_and_remarked_on_if_not(
     assert not found.remarks
 
 
+def test_the_text_to_measure_forgetting_on_is_read_if_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert report(tmp_path, gmt_forgetting=True).ok
+    for name in ("text.jsonl", "text"):
+        found = report(tmp_path, gmt_forgetting=name)
+        assert found.ok
+        assert f"gmt_forgetting: {name}: not here. Paths are relative" in found.remarks[0]
+    Path("text").write_text("Some text.")
+    found = report(tmp_path, gmt_forgetting="text")
+    assert found.ok
+    assert not found.remarks
+    Path("text.jsonl").write_text('{"prompt": "my secret"}')
+    (error,) = report(tmp_path, gmt_forgetting="text.jsonl").errors
+    assert error.startswith("gmt_forgetting: text.jsonl, line 1 has no document. Write")
+    os.mkfifo("pipe")  # Which nobody writes to: to read it would take forever.
+    (error,) = report(tmp_path, gmt_forgetting="pipe").errors
+    assert error.startswith("gmt_forgetting: pipe is not a file")
+
+
 def test_the_config_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     # A run refuses options of GMT on its command line; they are no matter of a check.
     monkeypatch.setattr("sys.argv", ["axolotl", "gmt", "check", "--gmt-mask-ratio=0.7"])
@@ -427,6 +448,7 @@ def test_keys_of_plugins_are_known_from_the_source_of_axolotl_or_not_at_all(
         ({"output_dir": "/data/ann/out"}, "output_dir: '/data/ann/out' is a path of this", None),
         ({"output_dir": "/out"}, "output_dir: '/out' is a path of this machine", None),
         ({"output_dir": "~/out"}, "output_dir: '~/out' is a path of this machine", None),
+        ({"gmt_forgetting": "/text"}, "gmt_forgetting: '/text' is a path of this machine", None),
         ({"output_dir": "C:\\out"}, "output_dir: 'C:\\\\out' is a path of this machine", None),
         (
             {"datasets": [{"path": "json", "data_files": ["/a/b.json"], "type": "alpaca"}]},

@@ -34,6 +34,11 @@ class _SwitchArgs(BaseModel):
         description="Whether a report of the run is left in `output_dir/gmt_report` when training "
         "ends. Unset: it is.",
     )
+    gmt_forgetting: bool | str | None = Field(
+        default=None,
+        description="A text that the model is not trained on: a file, or `true` for one in English "
+        "that comes with GMT. The loss on it joins the log as `gmt/forgetting`. Unset: none is.",
+    )
 
 
 _CONFIG_TYPES = get_type_hints(GMTConfig, include_extras=True)

@@ -20,6 +20,7 @@ from axolotl_gmt.integrations.axolotl.raw_config import (
     NAME,
     PLUGIN_NAMES,
     check_command_line,
+    check_held_out_text,
     settle,
 )
 from axolotl_gmt.integrations.callback import GMTCallback
@@ -59,8 +60,11 @@ class GMTPlugin(BasePlugin):
         for character in _CHARACTERS:
             plugins.pop(character, None)
         with _last_line():
-            if settle(cfg).enabled or _is_axolotl():
+            is_enabled = settle(cfg).enabled
+            if is_enabled or _is_axolotl():
                 check_command_line(sys.argv)
+            if is_enabled:
+                check_held_out_text(cfg)
 
     def get_input_args(self) -> str:
         """The keys that join Axolotl's config schema."""
@@ -86,7 +90,7 @@ class GMTPlugin(BasePlugin):
         """The callbacks that mask gradients and leave a report, if GMT is on."""
         if not cfg.get("gmt_enabled"):
             return []
-        callback = GMTCallback(read_config(cfg))
+        callback = GMTCallback(read_config(cfg), forgetting=cfg.get("gmt_forgetting") or False)
         if isinstance(cfg.get("resume_from_checkpoint"), str):
             callback.resume_from = cfg["resume_from_checkpoint"]
         return [callback] if cfg.get("gmt_report") is False else [callback, GMTReportCallback()]

@@ -9,7 +9,7 @@ import difflib
 import json
 import re
 from collections.abc import Mapping
-from os.path import isfile
+from os.path import exists, expanduser, isfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from axolotl_gmt.integrations.axolotl.args import (
     read_config,
 )
 from axolotl_gmt.integrations.deepspeed_config import check_deepspeed_config
+from axolotl_gmt.integrations.held_out_text import HeldOutText
 
 PARALLEL_SIZES = (
     "tensor_parallel_size",
@@ -106,6 +107,52 @@ def check_command_line(arguments: list[str]) -> None:
                 f"{argument}: Axolotl's command line drops the keys of plugins. Write "
                 f"{_nearest_key(option)}: {value or '...'} into the YAML file."
             )
+
+
+def context_parallel_size(cfg: DictDefault) -> object:
+    """Over how many GPUs a sequence is split, whichever key says so; None if none does."""
+    block = cfg.get("context_parallel")
+    return (
+        cfg.get("context_parallel_size")
+        or cfg.get("sequence_parallel_degree")
+        or (block.get("size") if isinstance(block, dict) else None)
+    )
+
+
+def check_held_out_text(cfg: DictDefault, may_be_elsewhere: bool = False) -> None:
+    """Read the file of ``gmt_forgetting``, and refuse trainings whose model cannot.
+
+    Args:
+        cfg: A raw config in which GMT is on.
+        may_be_elsewhere: Whether the training may be on another machine, which has the file.
+
+    Raises:
+        ValueError: Naming key, value and fix.
+    """
+    setting = cfg.get("gmt_forgetting")
+    if setting is None or setting is False:
+        return
+    off = f"Remove it, or gmt_forgetting: {setting!r}."
+    if context_parallel_size(cfg) not in (None, 1):
+        raise ValueError(
+            f"context_parallel_size: {context_parallel_size(cfg)!r} splits each sequence over "
+            f"GPUs, also the text on which forgetting is measured. {off}"
+        )
+    for key in ("reward_model", "process_reward_model"):
+        if cfg.get(key):
+            raise ValueError(f"{key}: {cfg[key]!r} trains a model that predicts no tokens. {off}")
+    for name in cfg.get("plugins") or []:
+        if normalize_plugin_name(name).startswith("axolotl.integrations.diffusion."):
+            raise ValueError(
+                f"plugins: {name!r} trains a model that does not predict the next token, by which "
+                f"forgetting is measured. {off}"
+            )
+    if may_be_elsewhere and isinstance(setting, str) and not exists(expanduser(setting)):
+        return
+    try:
+        HeldOutText.read(setting)
+    except ValueError as error:
+        raise ValueError(f"gmt_forgetting: {error}") from None
 
 
 def _set_keys(cfg: DictDefault) -> list[str]:

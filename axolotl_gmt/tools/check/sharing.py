@@ -32,7 +32,7 @@ _COMMENT = re.compile(r"(?:^|\s)#(.*)")
 
 _ABSOLUTE = re.compile(r"(?:file://)?/[\w.@+-]+/.*|~[\w.-]*/.*|[A-Za-z]:[\\/].*|\\\\\w.*")
 _SHORT_ABSOLUTE = re.compile(r"/[\w.@+-]+")
-_PATH_KEY = re.compile(r"(?:path|dir|file|files|model|config|deepspeed)$")
+_PATH_KEY = re.compile(r"(?:path|dir|file|files|model|config|deepspeed|forgetting)$")
 _HOME = re.compile(r"(?<![\w.])(?:/home|/Users)/\w+")
 _BUCKET = re.compile(r"(?:s3a?|gs|gcs|az|adl|abfss?|oci|r2)://")
 

@@ -43,7 +43,9 @@ from axolotl_gmt.integrations.axolotl.raw_config import (
     PARALLEL_SIZES,
     PLUGIN_NAMES,
     Switch,
+    check_held_out_text,
     check_known_optimizer,
+    context_parallel_size,
     settle,
 )
 
@@ -106,6 +108,8 @@ def validated(raw: Mapping[str, object], gpus: int | None = None) -> Validation:
         stumbled = None
         try:
             result.switch = settle(cfg)
+            if result.switch.enabled:
+                check_held_out_text(cfg, may_be_elsewhere=True)
         except ValueError as error:
             result.errors += str(error).splitlines()
         except (AttributeError, TypeError) as error:
@@ -191,13 +195,7 @@ def _misshapen(raw: Mapping[str, object]) -> list[str]:
 
 
 def _fewest_gpus(cfg: DictDefault) -> int:
-    sizes = [cfg.get(key) for key in PARALLEL_SIZES]
-    block = cfg.get("context_parallel")
-    sizes.append(
-        cfg.get("context_parallel_size")
-        or cfg.get("sequence_parallel_degree")
-        or (block.get("size") if isinstance(block, dict) else None)
-    )
+    sizes = [*(cfg.get(key) for key in PARALLEL_SIZES), context_parallel_size(cfg)]
     gpus = math.prod(size for size in sizes if isinstance(size, int) and size > 0)
     return max(gpus, 2) if cfg.get("fsdp_config") or cfg.get("deepspeed") else gpus
 
@@ -384,3 +382,5 @@ def _inputs(cfg: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     for key, value in named.items():
         if isinstance(value, str) and _LOCAL.fullmatch(value):
             yield key, expanduser(value)
+    if isinstance(text := cfg.get("gmt_forgetting"), str):  # Never a name on the hub.
+        yield "gmt_forgetting", expanduser(text)
