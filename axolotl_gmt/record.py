@@ -101,6 +101,7 @@ class RunState(_Lenient):
     log_history: list[Any] | None = None
     global_step: Count | None = None
     max_steps: Count | None = None
+    train_batch_size: Count | None = None
     epoch: Annotated[float, Field(ge=0, lt=1e30)] | None = None
     stateful_callbacks: dict[str, Any] = {}
 

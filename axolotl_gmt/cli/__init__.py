@@ -11,6 +11,7 @@ import click
 from axolotl_gmt.cli import (
     apply,
     check,
+    compare,
     diff,
     env,
     inspect,
@@ -31,6 +32,7 @@ def gmt() -> None:
 for command in (
     apply.apply,
     check.check,
+    compare.compare,
     diff.diff,
     env.env,
     inspect.inspect,

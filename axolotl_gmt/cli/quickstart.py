@@ -75,7 +75,10 @@ def _say_what_next(place: qs.Folder, tuned: Path, is_compared: bool) -> None:
         "See what tuning changed": f"gmt-tools inspect {base} {model}",
         "Train on preferences": _user_command(place.dpo_recipe),
     }
-    if not is_compared:
+    if is_compared:
+        plain = shlex.quote(str(place.plain_output))
+        suggestions["Lay the curves of both over each other"] = f"gmt-tools compare {plain} {model}"
+    else:
         suggestions["Compare with the same run without a mask"] = f"{again} --compare"
     suggestions["Try another ratio"] = f"edit sft.yml, remove {model}, then {again}"
     remarks.print("\nWhat next?")

@@ -31,10 +31,10 @@ def report(run_dir: Path, output: Path | None, as_json: bool) -> None:
     """Turn a run's log into a web page and pictures.
 
     RUN_DIR is the output_dir of a training, or one of its checkpoints. The report is one page
-    that works offline, index.html, and its pictures as PNG files: loss, learning rate, kept
-    fraction and gradient norm kept, and with gmt_log_modules heat maps of both by module, step
-    and layer. A training with GMT leaves it in RUN_DIR/gmt_report when it ends; this command makes
-    it for a run that is still going on or was stopped.
+    that works offline, index.html, and its pictures as PNG files: loss, learning rate, norm of the
+    gradient, kept fraction and gradient norm kept, and with gmt_log_modules heat maps of the last
+    two by module, step and layer. A training with GMT leaves it in RUN_DIR/gmt_report when it ends;
+    this command makes it for a run that is still going on or was stopped.
 
     An older report in the folder is replaced, anything else there is not.
 

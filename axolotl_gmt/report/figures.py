@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import colormaps, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from axolotl_gmt.report.log import Curve
 
@@ -21,13 +21,41 @@ _MISSING = "#e4e4e4"  # No shade of the colour map comes near this grey.
 DPI = 160
 _TICKS = 16  # More column labels than this run into each other.
 _SEPARATED = 64  # Of more columns than this the lines between them would hide the cells.
-_COLOURS = ("#2a7fbf", "#d55e00")  # Told apart by the colour-blind, on white and on black.
+# Beyond a factor of this, a linear axis shows nothing but the largest values.
+_WIDE = 100
 # Which ends of a colour bar are arrows, since there are values below or above its limits.
 _EXTENDED = {(0, 0): "neither", (1, 0): "min", (0, 1): "max", (1, 1): "both"}
 _MARKED = 40  # Of more points than this, the line alone shows where they are.
 MOST_POINTS = 2000  # More would fall on the same pixels of a chart.
 LEAST_SPAN = 0.02  # Shares that differ by less than this are noise, which is not to fill an axis.
 _POINTS_IN_MEAN = 60  # How many windows of a moving mean a long line is made of.
+
+
+class LineStyle(NamedTuple):
+    """How a run is drawn in every chart of a comparison."""
+
+    colour: str
+    dashes: tuple[float, ...]
+    """Lengths of dashes and of the gaps between them, in line widths; empty for a solid line."""
+
+
+_SOLID, _DASHED, _DOTTED = (), (5.0, 2.0), (1.2, 1.2)
+STYLES = (
+    LineStyle("#2a7fbf", _SOLID),
+    LineStyle("#d55e00", _SOLID),
+    LineStyle("#d29696", _SOLID),
+    LineStyle("#9600ff", _SOLID),
+    LineStyle("#784bc3", _DASHED),
+    LineStyle("#c35a4b", _DASHED),
+    LineStyle("#2da5b4", _DASHED),
+    LineStyle("#69c34b", _DOTTED),
+    LineStyle("#ff69f0", _DOTTED),
+    LineStyle("#695a4b", _DOTTED),
+)
+"""Lines that the colour-blind tell apart, on white and on black.
+
+No ten colours are far enough apart for that, so only lines of the same dashes need to be.
+"""
 
 
 def heat_map(
@@ -158,31 +186,77 @@ def line_chart(
             at 100 % at the latest, and shows ``LEAST_SPAN`` at least, so that noise looks small.
         smooth: Whether long curves are drawn faint, with their moving mean on top.
     """
-    for (name, curve), colour in zip(curves.items(), _COLOURS, strict=False):
-        window = len(curve.steps) // _POINTS_IN_MEAN if smooth else 1
-        shown = _extremes(curve.values)
-        axes.plot(
-            curve.steps[shown],
-            curve.values[shown],
-            color=colour,
-            linewidth=1.6 if window < 2 else 0.6,
-            alpha=1 if window < 2 else 0.35,
-            marker="o" if np.isfinite(curve.values).sum() <= _MARKED else None,
-            markersize=3.5,
-            label=name if window < 2 else None,
-        )
-        if window >= 2:
-            axes.plot(
-                curve.steps[shown],
-                _moving_mean(curve.values, window, shown),
-                color=colour,
-                linewidth=1.8,
-                label=f"{name}, moving mean of {window:,} logs",
-            )
+    for (name, curve), line in zip(curves.items(), STYLES, strict=False):
+        window = mean_window(curve) if smooth else 1
+        label_of_mean = f"{name}, moving mean of {window:,} logs"
+        _draw_curve(axes, curve, line, window, name if window < 2 else label_of_mean)
     if reference is not None:
         text, value = reference
-        line = axes.axhline(value, linewidth=1.2, linestyle=(0, (4, 3)), label=text)
-        line.set(color=axes.yaxis.label.get_color(), zorder=1.5)  # Below the curves.
+        dashed = axes.axhline(value, linewidth=1.2, linestyle=(0, (4, 3)), label=text)
+        dashed.set(color=axes.yaxis.label.get_color(), zorder=1.5)  # Below the curves.
+    _finish_chart(axes, label, is_share)
+    if len(axes.get_lines()) > 1:
+        axes.legend(frameon=False)
+
+
+def overlay(
+    axes: Axes,
+    curves: Sequence[tuple[LineStyle, Curve]],
+    label: str,
+    is_share: bool = False,
+    smooth: bool = True,
+) -> None:
+    """Draw the same quantity of several runs over the optimizer's steps, without a legend.
+
+    The vertical axis is logarithmic if a linear one would show the largest values alone, as it
+    would beside a run that diverged; never that of shares or of curves that are not smoothed.
+
+    Args:
+        axes: Where to draw.
+        curves: One or more, with the style of the run that each is of.
+        label: What the values are, written along the vertical axis.
+        is_share: As of :func:`line_chart`.
+        smooth: As of :func:`line_chart`.
+    """
+    for line, curve in curves:
+        _draw_curve(axes, curve, line, mean_window(curve) if smooth else 1)
+    values = np.concatenate([curve.finite for _, curve in curves])
+    if smooth and not is_share and 0 < _WIDE * values.min() < values.max():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter("{:g}".format))  # Not 10 with an exponent.
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    _finish_chart(axes, label, is_share)
+
+
+def _draw_curve(
+    axes: Axes, curve: Curve, line: LineStyle, window: int, label: str | None = None
+) -> None:
+    """Draw a curve, or one faint line and its moving mean if there are many values."""
+    shown = _extremes(curve.values)
+    dashed = (0, line.dashes or None)
+    axes.plot(
+        curve.steps[shown],
+        curve.values[shown],
+        color=line.colour,
+        linestyle=dashed if window < 2 else "-",
+        linewidth=1.6 if window < 2 else 0.6,
+        alpha=1 if window < 2 else 0.35,
+        marker="o" if np.isfinite(curve.values).sum() <= _MARKED else None,
+        markersize=3.5,
+        label=label if window < 2 else None,
+    )
+    if window >= 2:
+        axes.plot(
+            curve.steps[shown],
+            _moving_mean(curve.values, window, shown),
+            color=line.colour,
+            linestyle=dashed,
+            linewidth=1.8,
+            label=label,
+        )
+
+
+def _finish_chart(axes: Axes, label: str, is_share: bool) -> None:
     if is_share:
         low, high = at_least(LEAST_SPAN, *axes.get_ylim())
         axes.set_ylim(low, min(high, 1 + (high - low) / 50))  # Leaves room for the line itself.
@@ -192,8 +266,11 @@ def line_chart(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", linewidth=0.6, alpha=0.4)
-    if len(axes.get_lines()) > 1:
-        axes.legend(frameon=False)
+
+
+def mean_window(curve: Curve) -> int:
+    """How many logged values the moving mean of a long curve is over; 0 or 1 of a short one."""
+    return len(curve.steps) // _POINTS_IN_MEAN
 
 
 def at_least(span: float, low: float, high: float) -> tuple[float, float]:

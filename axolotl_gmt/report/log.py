@@ -38,12 +38,22 @@ from axolotl_gmt.record import (
 )
 from axolotl_gmt.report.modules import module_type, stack_labels
 
-CURVES = ("loss", "eval_loss", FORGETTING, FORGETTING_LOSS, "learning_rate", *STATISTICS)
+CURVES = (
+    "loss",
+    "eval_loss",
+    FORGETTING,
+    FORGETTING_LOSS,
+    "learning_rate",
+    "grad_norm",
+    *STATISTICS,
+)
 
+_RUNTIME = "train_runtime"
 _OF_MODULE = tuple(f"{key}/" for key in STATISTICS)
 _COLUMNS = 120  # More steps than this are averaged, so that a heat map's cells can be seen.
 _LONGEST_NAME = 500
 _MOST_LAYERS = 1000
+_LONGEST_RUN = 1e9  # Seconds, which is thirty years.
 _LARGEST = 1e30  # A larger number is as good as infinite, and would overflow when drawn.
 
 Floats = NDArray[np.float64]
@@ -148,6 +158,9 @@ class TrainingLog:
         step: Optimizer steps made.
         max_steps: Optimizer steps planned.
         epoch: Epochs made.
+        train_batch_size: Examples in a batch of one process.
+        train_runtime: Seconds that the training took, once it has ended; those since it was last
+            resumed if it was.
         curves: What was logged, by its key in the log.
         modules: Statistics of each module, by the key of the statistic, if they were logged.
     """
@@ -159,6 +172,8 @@ class TrainingLog:
     step: int | None = None
     max_steps: int | None = None
     epoch: float | None = None
+    train_batch_size: int | None = None
+    train_runtime: float | None = None
     curves: dict[str, Curve] = field(default_factory=dict)
     modules: dict[str, Modules] = field(default_factory=dict)
 
@@ -183,13 +198,23 @@ class TrainingLog:
 
     def mean(self, key: str) -> float | None:
         """Mean of what was logged; None if nothing but NaN and infinity was."""
-        finite = self.curves[key].finite if key in self.curves else np.array([])
+        finite = self._finite(key)
         return float(finite.mean()) if finite.size else None
 
     def last(self, key: str) -> float | None:
         """The last value that was logged; None if it is NaN or infinite, or there is none."""
         value = self.curves[key].values[-1] if key in self.curves else math.nan
         return float(value) if math.isfinite(value) else None
+
+    def lowest(self, key: str) -> float | None:
+        """The smallest value that was logged; None if nothing but NaN and infinity was."""
+        finite = self._finite(key)
+        return float(finite.min()) if finite.size else None
+
+    def highest(self, key: str) -> float | None:
+        """The largest value that was logged; None if nothing but NaN and infinity was."""
+        finite = self._finite(key)
+        return float(finite.max()) if finite.size else None
 
     def as_dict(self) -> dict[str, object]:
         """The run in numbers that JSON can hold."""
@@ -202,8 +227,12 @@ class TrainingLog:
             "step": self.step,
             "max_steps": self.max_steps,
             "epoch": self.epoch,
+            "train_batch_size": self.train_batch_size,
+            "train_runtime": self.train_runtime,
+            "highest_learning_rate": self.highest("learning_rate"),
             "final_loss": self.last("loss"),
             "final_eval_loss": self.last("eval_loss"),
+            "best_eval_loss": self.lowest("eval_loss"),
             "final_forgetting": self.last(FORGETTING),
             "final_forgetting_loss": self.last(FORGETTING_LOSS),
             "mean_kept_fraction": self.mean(KEPT_FRACTION),
@@ -214,6 +243,9 @@ class TrainingLog:
             "final_ever_kept": self.last(EVER_KEPT),
             "modules": {key: modules.means() for key, modules in self.modules.items()},
         }
+
+    def _finite(self, key: str) -> Floats:
+        return self.curves[key].finite if key in self.curves else np.array([])
 
 
 def find_state(folder: Path) -> Path:
@@ -302,6 +334,8 @@ def parse_state(state: object, name: str) -> TrainingLog:
         step=run.global_step,
         max_steps=run.max_steps,
         epoch=run.epoch,
+        train_batch_size=run.train_batch_size,
+        train_runtime=_runtime(logged),
         curves=curves,
         modules={key: value for key, value in modules.items() if value is not None},
     )
@@ -347,11 +381,17 @@ def _read_history(history: Iterable[object]) -> dict[str, Curve]:
         if not _is_number(step) or not 0 <= step < 2**53 or step != int(step):
             continue
         for key, value in entry.items():
-            if _is_number(value) and (key in CURVES or key.startswith(_OF_MODULE)):
+            is_read = key in CURVES or key == _RUNTIME or key.startswith(_OF_MODULE)
+            if is_read and _is_number(value):
                 steps, values = points[key]
                 steps.append(int(step))
                 values.append(float(value) if abs(value) < _LARGEST else math.nan)
     return {key: _curve(*lists) for key, lists in points.items()}
+
+
+def _runtime(logged: Mapping[str, Curve]) -> float | None:
+    seconds = float(logged[_RUNTIME].values[-1]) if _RUNTIME in logged else math.nan
+    return seconds if 0 <= seconds < _LONGEST_RUN else None  # As NaN is not.
 
 
 def _curve(steps: Sequence[int], values: Sequence[float]) -> Curve:

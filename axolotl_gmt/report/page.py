@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple, Self
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.axes import Axes
@@ -31,11 +32,11 @@ from axolotl_gmt.record import (
     STATISTICS,
 )
 from axolotl_gmt.report import figures
-from axolotl_gmt.report.log import Grid, TrainingLog
+from axolotl_gmt.report.log import Curve, Grid, TrainingLog
 
 PAGE = "index.html"
 _GENERATOR = "axolotl-gmt"
-_NAMES = {
+NAMES = {
     KEPT_FRACTION: "kept fraction",
     GRAD_NORM_KEPT: "gradient norm kept",
     L1_KEPT: "L1 norm kept",
@@ -61,6 +62,27 @@ class Picture:
     height: float
     draw: Callable[[Axes], None]
     is_map: bool = False
+
+
+class Drawn(NamedTuple):
+    """A picture and its two PNG files, for a light and for a dark page."""
+
+    picture: Picture
+    light: bytes
+    dark: bytes
+
+    @classmethod
+    def of(cls, picture: Picture) -> Self:
+        """Draw ``picture``."""
+
+        def draw(figure: Figure) -> None:
+            picture.draw(figure.subplots())
+
+        light, dark = (
+            figures.render_figure(draw, picture.width, picture.height, dark)
+            for dark in (False, True)
+        )
+        return cls(picture, light, dark)
 
 
 Track = Callable[[list[Picture]], Iterable[Picture]]
@@ -178,6 +200,8 @@ def _charts(log: TrainingLog) -> Iterator[Picture]:
         "entries under the mask."
     )
     yield from _chart(log, "Ever kept", {"kept so far": EVER_KEPT}, ever)
+    gradient = "Norm of the gradient as the trainer logs it: before it is clipped and masked."
+    yield from _chart(log, "Gradient norm", {"gradient norm": "grad_norm"}, gradient)
     rate = "Learning rate of the base optimizer at each logged step."
     yield from _chart(log, "Learning rate", {"learning rate": "learning_rate"}, rate)
 
@@ -195,42 +219,54 @@ def _chart(
         return
     key = next(iter(keys.values()))
     is_share = key in STATISTICS
-    spec = ".2%" if is_share else ".4g"
-    first_step = min(curve.steps[0] for curve in curves.values())
-    last_step = max(curve.steps[-1] for curve in curves.values())
-    alt = f"{title} from step {first_step} to step {last_step}."
-    for name, curve in curves.items():
-        logged, finite = len(curve.steps), curve.finite
-        if finite.size:
-            ends = [finite[0], finite[-1], finite.min(), finite.max()]
-            first, last, low, high = (format(value, spec) for value in ends)
-            alt += f" {name.capitalize()}: from {first} to {last}, between {low} and {high}."
-        if finite.size < logged:
-            caption += (
-                f" {logged - finite.size:,} of {logged:,} values ({name}) were NaN or infinite, "
-                "and leave gaps."
-            )
-        if logged > figures.MOST_POINTS:
-            caption += (
-                f" {logged:,} values ({name}) were logged: drawn are the lowest and the highest of "
-                f"each {figures.neighbours(logged):,} neighbours."
-            )
+    named = {name.capitalize(): curve for name, curve in curves.items()}
     yield Picture(
         file=_file(key),
         title=title,
-        alt=alt,
-        caption=caption,
+        alt=f"{title} {describe(named.items(), is_share)}",
+        caption=" ".join([caption, *remarks(curves.items())]),
         width=6.4,
         height=3.5,
         draw=partial(
             figures.line_chart,
             curves=curves,
-            label=_NAMES.get(key, title.lower()),
+            label=NAMES.get(key, title.lower()),
             reference=reference,
             is_share=is_share,
             smooth=key != "learning_rate",
         ),
     )
+
+
+def describe(curves: Iterable[tuple[str, Curve]], is_share: bool) -> str:
+    """What a chart shows, for those who do not see it: the steps, and where each curve goes."""
+    curves = list(curves)
+    spec = ".2%" if is_share else ".4g"
+    first_step = min(curve.steps[0] for _, curve in curves)
+    last_step = max(curve.steps[-1] for _, curve in curves)
+    text = f"from step {first_step} to step {last_step}."
+    for name, curve in curves:
+        if (finite := curve.finite).size:
+            ends = [finite[0], finite[-1], finite.min(), finite.max()]
+            first, last, low, high = (format(value, spec) for value in ends)
+            text += f" {name}: from {first} to {last}, between {low} and {high}."
+    return text
+
+
+def remarks(curves: Iterable[tuple[str, Curve]]) -> Iterator[str]:
+    """Sentences on values that a chart cannot show."""
+    for name, curve in curves:
+        logged, finite = len(curve.steps), curve.finite.size
+        if finite < logged:
+            yield (
+                f"{logged - finite:,} of {logged:,} values ({name}) were NaN or infinite, and "
+                "leave gaps."
+            )
+        if logged > figures.MOST_POINTS:
+            yield (
+                f"{logged:,} values ({name}) were logged: drawn are the lowest and the highest of "
+                f"each {figures.neighbours(logged):,} neighbours."
+            )
 
 
 def _maps(log: TrainingLog) -> Iterator[Picture | str]:
@@ -246,7 +282,7 @@ def _maps(log: TrainingLog) -> Iterator[Picture | str]:
 
 
 def _map(key: str, axis: str, grid: Grid, caption: str) -> Iterator[Picture | str]:
-    title = f"{_NAMES[key].capitalize()} by module and {axis}"
+    title = f"{NAMES[key].capitalize()} by module and {axis}"
     low, high = grid.bounds
     if not grid.rows:
         return
@@ -265,7 +301,7 @@ def _map(key: str, axis: str, grid: Grid, caption: str) -> Iterator[Picture | st
 
     def draw(axes: Axes) -> None:
         rows = [_short(row) for row in shown.rows]
-        figures.heat_map(axes, shown.values, rows, shown.columns, limits, _NAMES[key])
+        figures.heat_map(axes, shown.values, rows, shown.columns, limits, NAMES[key])
         axes.set_xlabel(f"optimizer {axis}" if axis == "step" else axis)
 
     extremes = [_cell(shown, bound, axis) for bound in shown.bounds]
@@ -294,21 +330,30 @@ def _short(name: str) -> str:
 
 def _render(log: TrainingLog, track: Track) -> dict[str, bytes]:
     """The report's files by their names."""
-    drawn = [
-        (picture, _png(picture, dark=False), _png(picture, dark=True))
-        for picture in track(pictures(log))
-    ]
-    return {PAGE: _page(log, drawn).encode()} | {picture.file: png for picture, png, _ in drawn}
+    drawn = [Drawn.of(picture) for picture in track(pictures(log))]
+    return {PAGE: _page(log, drawn).encode()} | {each.picture.file: each.light for each in drawn}
 
 
-def _png(picture: Picture, dark: bool) -> bytes:
-    def draw(figure: Figure) -> None:
-        picture.draw(figure.subplots())
+def _page(log: TrainingLog, drawn: Sequence[Drawn]) -> str:
+    means = {key: modules.means() for key, modules in log.modules.items()}
+    return render(
+        "report.html",
+        title=f"GMT report: {log.name}",
+        generator=f"{_GENERATOR} {__version__}",
+        log=log,
+        facts=facts(log),
+        charts=[each for each in drawn if not each.picture.is_map],
+        maps=[each for each in drawn if each.picture.is_map],
+        remarks=[item for item in _maps(log) if isinstance(item, str)],
+        statistics=[NAMES[key].capitalize() for key in means],
+        means=means.values(),
+        kinds=dict.fromkeys(kind for of_kinds in means.values() for kind in of_kinds),
+        settings=log.settings_yaml,
+    )
 
-    return figures.render_figure(draw, picture.width, picture.height, dark)
 
-
-def _page(log: TrainingLog, drawn: Sequence[tuple[Picture, bytes, bytes]]) -> str:
+def render(template: str, **values: object) -> str:
+    """A page of one of the package's templates, in which texts are escaped."""
     environment = Environment(
         loader=PackageLoader("axolotl_gmt"),
         autoescape=True,  # Names in a log are whatever somebody wrote into it.
@@ -317,20 +362,7 @@ def _page(log: TrainingLog, drawn: Sequence[tuple[Picture, bytes, bytes]]) -> st
         lstrip_blocks=True,
     )
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    means = {key: modules.means() for key, modules in log.modules.items()}
-    return environment.get_template("report.html").render(
-        title="GMT report",
-        generator=f"{_GENERATOR} {__version__}",
-        log=log,
-        facts=facts(log),
-        charts=[item for item in drawn if not item[0].is_map],
-        maps=[item for item in drawn if item[0].is_map],
-        remarks=[item for item in _maps(log) if isinstance(item, str)],
-        statistics=[_NAMES[key].capitalize() for key in means],
-        means=means.values(),
-        kinds=dict.fromkeys(kind for of_kinds in means.values() for kind in of_kinds),
-        settings=log.settings_yaml,
-    )
+    return environment.get_template(template).render(values)
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -341,7 +373,7 @@ def _check_replaceable(folder: Path) -> None:
         raise UserError(f"{folder} is a file. Name a folder for the report.")
     names = {path.name for path in folder.iterdir()}
     foreign = names - _report_files()
-    if names and (foreign or not _is_report_page(folder / PAGE)):
+    if names and (foreign or not has_mark(folder / PAGE, _GENERATOR)):
         raise UserError(
             f"{folder} holds {min(foreign or names)}, which is not of a report. Name another "
             "folder, or move it."
@@ -350,7 +382,8 @@ def _check_replaceable(folder: Path) -> None:
 
 def _report_files() -> set[str]:
     maps = {_file(key, axis) for key in STATISTICS for axis in ("step", "layer")}
-    return {PAGE, *map(_file, ("loss", "learning_rate", FORGETTING, *STATISTICS)), *maps}
+    charts = ("loss", "learning_rate", "grad_norm", FORGETTING, *STATISTICS)
+    return {PAGE, *map(_file, charts), *maps}
 
 
 def _file(key: str, axis: str | None = None) -> str:
@@ -358,6 +391,7 @@ def _file(key: str, axis: str | None = None) -> str:
     return f"{name}_by_{axis}.png" if axis else f"{name}.png"
 
 
-def _is_report_page(page: Path) -> bool:
-    mark = f'<meta name="generator" content="{_GENERATOR} '
+def has_mark(page: Path, generator: str) -> bool:
+    """Whether ``page`` is one that ``generator`` made."""
+    mark = f'<meta name="generator" content="{generator} '
     return page.is_file() and mark in page.read_text(encoding="utf-8", errors="replace")[:2000]

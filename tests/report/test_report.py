@@ -74,6 +74,7 @@ def training_state(steps: int = 6, layers: int = 0, **changes: Any) -> dict[str,
         "log_history": history,
         "global_step": steps,
         "max_steps": 10,
+        "train_batch_size": 4,
         "epoch": 0.6,
         "stateful_callbacks": {"GMTCallback": record},
         **changes,
@@ -134,8 +135,12 @@ def test_the_numbers_are_those_of_the_log() -> None:
         "step": 6,
         "max_steps": 10,
         "epoch": 0.6,
+        "train_batch_size": 4,
+        "train_runtime": None,
+        "highest_learning_rate": 1e-4,
         "final_loss": 2 / 6,
         "final_eval_loss": 3 / 6,
+        "best_eval_loss": 3 / 6,
         "final_forgetting": None,
         "final_forgetting_loss": None,
         "mean_kept_fraction": pytest.approx(fmean(kept)),
@@ -485,6 +490,13 @@ def test_a_run_without_gmt_says_so_and_shows_its_loss(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / FOLDER).glob("*.png")] == ["loss.png"]
 
 
+def test_the_norm_of_the_gradient_is_drawn_if_the_trainer_logs_it() -> None:
+    history = [{"step": step, "loss": 1.0, "grad_norm": 2.0 / step} for step in (1, 2, 4)]
+    pictures = report_module.pictures(parse_state({"log_history": history}, "run"))
+    assert [picture.file for picture in pictures] == ["loss.png", "grad_norm.png"]
+    assert "from 2 to 0.5" in pictures[1].alt
+
+
 def test_numbers_that_are_not_finite_are_told_of() -> None:
     history = [{"step": step, "loss": math.nan if step > 3 else 1.0} for step in range(1, 6)]
     (picture,) = report_module.pictures(parse_state({"log_history": history}, "run"))
@@ -563,7 +575,9 @@ json_values = st.recursive(
     max_leaves=8,
 )
 numbers = st.floats(0, 1) | st.floats() | st.integers() | json_values
-log_keys = st.sampled_from(["loss", "eval_loss", "learning_rate", *STATISTICS])
+log_keys = st.sampled_from(
+    ["loss", "eval_loss", "learning_rate", "grad_norm", "train_runtime", *STATISTICS]
+)
 module_keys = st.builds(
     "{}/{}".format,
     st.sampled_from(STATISTICS),
