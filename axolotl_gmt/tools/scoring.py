@@ -373,7 +373,9 @@ def _build_without_weights(folder: Path) -> None:
         AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def _load_model(folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str) -> PreTrainedModel:
+def _load_model(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str = "auto"
+) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 

@@ -113,7 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             study.prepare(progress.console.print)
             _check_versions(study)
-            if size.parameters is not None:
+            if size.parameters is not None and not options.toy:
                 for line in hours.lines(size, (0.5e9, 1e9, 1.7e9, study.parameters)):
                     progress.console.print(line)
             study.run(runner)

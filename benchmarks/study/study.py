@@ -201,8 +201,10 @@ class Study:
             runner.run([job])
         self._run_task(self.size.sft, runner, self._base_jobs())
         if self._start is not None:
-            for job in self._start_jobs():  # The second needs the first.
+            for job in self._start_jobs():
                 runner.run([job])
+                if not job.result.is_file():  # The second needs the first.
+                    break
             if self._reference.is_file():
                 self._run_task(self.size.dpo, runner, [])
 
