@@ -160,6 +160,7 @@ def write_report(study: Study) -> None:
         "versions": _versions(),
         "commit": commit(),
         **study.hashes,
+        "examples": study.examples,
         "parameters": study.parameters,
         "step time": timing,
         "remarks": remarks,

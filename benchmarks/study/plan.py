@@ -13,7 +13,7 @@ _TOKENS = 200  # of a problem or a reply with its question
 _START = 60.0  # seconds to import, load and save
 _HOST = 0.025  # seconds in which Python launches the kernels of one token
 _TOGETHER = 32  # problems that are answered at a time
-_TEST = 1319  # GSM8K's test file
+_TEST = 1319  # problems in GSM8K's test file
 
 ASSUMED = (
     "an H100 that reaches 30% of its bf16 speed in training and 50% of its float32 speed in "

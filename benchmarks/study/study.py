@@ -77,6 +77,8 @@ class Study:
         self.parameters = 0
         self.hashes: dict[str, str] = {}
         """``data`` and ``model``, once it is prepared."""
+        self.examples: dict[str, int] = {}
+        """How many each file of data has."""
         self._best: dict[grid.TaskName, dict[Method, Cell]] = {"sft": {}, "dpo": {}}
 
     def prepare(self, report: Callable[[str], None]) -> None:
@@ -109,7 +111,9 @@ class Study:
                 )
         for split in ("train", "validation", "test"):
             for file, splits in ((self.data.sft(split), problems), (self.data.dpo(split), pairs)):
-                sources.write_jsonl(file, (example.row() for example in getattr(splits, split)))
+                examples = getattr(splits, split)
+                sources.write_jsonl(file, (example.row() for example in examples))
+                self.examples[file.stem] = len(examples)
         write_text(self.data.prose, json.dumps(sources.prose()))
         self.hashes = {
             "data": sources.digest(self.data.all()),

@@ -971,6 +971,7 @@ def test_every_kind_of_cell_of_the_full_size_runs_and_one_that_fails_stops_no_ot
     assert facts["step time"]["median ratio"] > 0
     assert facts["model"] == sha256((toy_model / "model.safetensors").read_bytes()).hexdigest()
     assert len(facts["data"]) == 16
+    assert facts["examples"]["sft-test"] == 30  # All of the file.
     assert "sft no_such_criterion 0.5 has no learning rate" in " ".join(facts["remarks"])
     log = next(out.glob("cells/sft-no_such_criterion*/log.txt")).read_text()
     assert "no_such_criterion" in log
