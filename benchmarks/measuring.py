@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch.utils.hooks import RemovableHandle
 
 from axolotl_gmt.tools.environment import cpu_name
 
@@ -99,6 +101,62 @@ def in_turns(
     return seconds
 
 
+def in_pairs(
+    step: Callable[[], object],
+    attach: Callable[[], RemovableHandle],
+    device: str,
+    runs: int,
+    label: str,
+) -> list[tuple[float, float]]:
+    """Seconds of a step with a hook and of one without, in pairs of neighbours.
+
+    Which of the two comes first alternates, so that whatever slows the machine down slows both. One
+    pair before, in which kernels are compiled, does not count.
+
+    Args:
+        step: What to time.
+        attach: Attaches the hook, untimed; what it returns removes it.
+        device: ``cuda`` waits for the GPU before and after.
+        runs: Pairs that count.
+        label: What the progress bar says.
+    """
+
+    def seconds(is_hooked: bool) -> float:
+        handle = attach() if is_hooked else None
+        _wait(device)
+        start = time.perf_counter()
+        step()
+        _wait(device)
+        taken = time.perf_counter() - start
+        if handle is not None:
+            handle.remove()
+        return taken
+
+    pairs: list[tuple[float, float]] = []
+    for run in steps(runs + 1, label):
+        order = (False, True) if run % 2 else (True, False)
+        taken = {is_hooked: seconds(is_hooked) for is_hooked in order}
+        if run:
+            pairs.append((taken[True], taken[False]))
+    return pairs
+
+
+def of_pairs(pairs: Sequence[tuple[float, float]]) -> Row:
+    """Medians over pairs, and the range of the ratios of two neighbours.
+
+    Args:
+        pairs: What :func:`in_pairs` returned.
+    """
+    ratios = [hooked / plain for hooked, plain in pairs]
+    return {
+        "median ms without": statistics.median(plain for _, plain in pairs) * 1e3,
+        "median ms more": statistics.median(hooked - plain for hooked, plain in pairs) * 1e3,
+        "median ratio": statistics.median(ratios),
+        "smallest ratio": min(ratios),
+        "largest ratio": max(ratios),
+    }
+
+
 def steps(count: int, label: str) -> Iterator[int]:
     """``range(count)`` with a progress bar."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -158,6 +216,15 @@ def machine() -> dict[str, Any]:
         "memory_gib": round(memory / 2**30),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def commit() -> str | None:
+    """The commit of the code, with ``-dirty`` if files were changed; None outside git."""
+    described = ["git", "describe", "--always", "--abbrev=12", "--dirty"]
+    found = subprocess.run(
+        described, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
 
 
 def versions() -> dict[str, str]:

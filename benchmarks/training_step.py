@@ -7,13 +7,11 @@ random weights and tokens, fused AdamW.
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import torch
 from gradients import MODELS
-from measuring import TRIAL, Row, arguments, chosen, save, show, steps
+from measuring import TRIAL, Row, arguments, chosen, in_pairs, of_pairs, save, show
 from step_share import model_of
+from torch.utils.hooks import RemovableHandle
 
 from axolotl_gmt import GMTConfig, GradientMasker
 
@@ -28,34 +26,16 @@ def measure(name: str, device: str, tokens: int, runs: int) -> Row:
     masker = GradientMasker(model.named_parameters(), GMTConfig(mask_ratio=0.5))
     batch = torch.randint(0, MODELS[name].vocabulary, (1, tokens), device=device)
 
-    def seconds(is_masked: bool) -> float:
-        handle = masker.attach(optimizer) if is_masked else None
-        start = time.perf_counter()
+    def step() -> None:
         model.zero_grad()
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
-        taken = time.perf_counter() - start
-        if handle is not None:
-            handle.remove()
-        return taken
 
-    pairs: list[tuple[float, float]] = []
-    for run in steps(runs + 1, f"{name} {tokens} tokens"):
-        order = (False, True) if run % 2 else (True, False)
-        taken = {is_masked: seconds(is_masked) for is_masked in order}
-        if run:  # The first one compiles.
-            pairs.append((taken[True], taken[False]))
-    ratios = [masked / plain for masked, plain in pairs]
-    return {
-        "model": name,
-        "device": device,
-        "tokens": tokens,
-        "median ms without": statistics.median(plain for _, plain in pairs) * 1e3,
-        "median ms more": statistics.median(masked - plain for masked, plain in pairs) * 1e3,
-        "median ratio": statistics.median(ratios),
-        "smallest ratio": min(ratios),
-        "largest ratio": max(ratios),
-    }
+    def attach() -> RemovableHandle:
+        return masker.attach(optimizer)
+
+    pairs = in_pairs(step, attach, device, runs, f"{name} {tokens} tokens")
+    return {"model": name, "device": device, "tokens": tokens, **of_pairs(pairs)}
 
 
 def main() -> None:

@@ -291,6 +291,7 @@ def score_model(
     max_new_tokens: int = MAX_NEW_TOKENS,
     on_progress: Callable[[int], object] | None = None,
     limits: Callable[[], AbstractContextManager[None]] = nullcontext,
+    dtype: str = "auto",
 ) -> Score:
     """Answer each problem greedily with the model saved in ``folder``, on a GPU if there is one.
 
@@ -300,6 +301,7 @@ def score_model(
         max_new_tokens: Longest reply, in tokens.
         on_progress: Called with the number of newly answered problems after each batch.
         limits: Entered whenever the model's tokenizer, chat template or config is at work.
+        dtype: Of the weights, such as ``float32``; ``auto`` is that of the file.
 
     Raises:
         UserError: If the folder holds no model that can be loaded and asked.
@@ -308,7 +310,7 @@ def score_model(
     with limits():
         tokenizer = _load_tokenizer(folder)
         _build_without_weights(folder)
-    model = _load_model(folder, tokenizer)
+    model = _load_model(folder, tokenizer, dtype)
     exact = last = 0
     for start in range(0, len(problems), BATCH_SIZE):
         batch = problems[start : start + BATCH_SIZE]
@@ -371,14 +373,16 @@ def _build_without_weights(folder: Path) -> None:
         AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def _load_model(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _load_model(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: str = "auto"
+) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     with _reason(f"{folder} cannot be loaded as a language model"):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype="auto",
+            dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,

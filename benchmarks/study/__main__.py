@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,9 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from axolotl_gmt.errors import UserError
+from benchmarks.study import plan as hours
 from benchmarks.study.cell import PRELOAD
 from benchmarks.study.data import DataError, write_text
-from benchmarks.study.grid import SIZES
+from benchmarks.study.grid import SIZES, TOY
 from benchmarks.study.running import Job, Runner, forkserver
 from benchmarks.study.study import Study
 from benchmarks.study.tables import every_cell, markdown, summary, write_csv
@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--size",
         choices=sorted(SIZES),
         required=True,
-        help="small: two CPU cores, under two hours; full: one H100-class GPU",
+        help="small: two CPU cores, under two hours; full: one GPU of 80 GB, which was never tried",
     )
     parser.add_argument(
         "--data",
@@ -51,15 +51,39 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--out", type=Path, default=Path("study"), metavar="DIR", help="default: ./study"
     )
     parser.add_argument(
-        "--jobs", type=int, metavar="N", help="cells that run at a time (default: by size)"
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="cells that run at a time; on a GPU at most (default: by size, and by GPU memory)",
     )
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--base-model",
+        type=Path,
+        metavar="PATH",
+        help="local folder of an unquantised model that chats, of 0.5 to 1.7 billion parameters "
+        "(--size full needs one; default of small: the quickstart's)",
+    )
+    parser.add_argument(
+        "--toy",
+        action="store_true",
+        help="every kind of cell of --size full with hardly any data, for models of any size: "
+        "minutes on a CPU, and no result",
+    )
+    options = parser.parse_args(arguments)
+    if options.size == "full" and options.base_model is None:
+        parser.error("--size full needs --base-model PATH")
+    if options.toy and options.size != "full":
+        parser.error("--toy is for --size full")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the study; returns the exit code: 1 if a cell failed, 2 for bad input, 130 for Ctrl-C."""
     options = parse(arguments)
-    size = SIZES[options.size]
+    size = TOY if options.toy else SIZES[options.size]
+    on_gpu = _prepare_process()
+    # On a GPU its memory decides.
+    jobs = options.jobs or (os.cpu_count() or 1 if on_gpu else size.jobs)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -74,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         def plan(weight: float) -> None:
             progress.update(bar, total=(progress.tasks[bar].total or 0) + weight)
 
-        study = Study(size, options.data, options.out, plan)
+        study = Study(size, options.data, options.out, plan, options.base_model, on_gpu)
 
         def on_end(job: Job, seconds: float, done: bool) -> None:
             progress.advance(bar, job.weight)
@@ -82,10 +106,16 @@ def main(arguments: list[str] | None = None) -> int:
             progress.console.print(f"{job.label}: {outcome} ({seconds:.0f} s)")
             study.tidy()
 
-        runner = _runner(options.jobs or size.jobs, on_end)
+        # A process that inherits an initialised CUDA cannot use it, and some of what is preloaded
+        # initialises it.
+        context = forkserver([] if on_gpu else PRELOAD)
+        runner = Runner(jobs, max(1, (os.cpu_count() or 1) // jobs), context, on_end)
         try:
             study.prepare(progress.console.print)
             _check_versions(study)
+            if size.parameters is not None and not options.toy:
+                for line in hours.lines(size, (0.5e9, 1e9, 1.7e9, study.parameters)):
+                    progress.console.print(line)
             study.run(runner)
         except (DataError, UserError) as error:
             progress.console.print(f"Error: {error}")
@@ -101,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def write_report(study: Study) -> None:
     """Write ``study.csv``, ``study.md``, ``study.json`` and the pictures, and print the tables."""
-    from benchmarks.measuring import machine
+    from benchmarks.measuring import commit, machine
     from benchmarks.study.plots import draw
 
     rows = study.rows()
@@ -110,6 +140,17 @@ def write_report(study: Study) -> None:
     text = "".join(
         f"## {task.upper()}\n\n{markdown(table)}\n" for task, table in tables.items() if table
     )
+    timing = json.loads(study.timing.read_text()) if study.timing.is_file() else None
+    if timing is not None:
+        text += (
+            f"## Time of a step\n\nGMT {timing['mask ratio']} takes "
+            f"{timing['median ratio']:.3f} of the time of full fine-tuning, the median of "
+            f"{timing['pairs']} pairs of steps in turns on one batch ({timing['device']}, "
+            f"{timing['smallest ratio']:.3f} to {timing['largest ratio']:.3f}).\n\n"
+        )
+    remarks = study.remarks()
+    if remarks:
+        text += "## Remarks\n\n" + "".join(f"- {remark}\n" for remark in remarks) + "\n"
     cells = markdown(every_cell(rows))
     write_text(study.out / "study.md", f"{text}## Every cell\n\n{cells}")
     facts = {
@@ -117,6 +158,12 @@ def write_report(study: Study) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "machine": machine(),
         "versions": _versions(),
+        "commit": commit(),
+        **study.hashes,
+        "examples": study.examples,
+        "parameters": study.parameters,
+        "step time": timing,
+        "remarks": remarks,
     }
     write_text(study.out / "study.json", json.dumps(facts, indent=1) + "\n")
     draw(rows, study.out)
@@ -151,16 +198,14 @@ def _check_versions(study: Study) -> None:
         )
 
 
-def _runner(jobs: int, on_end: Callable[[Job, float, bool], None]) -> Runner:
+def _prepare_process() -> bool:
+    """Set what child processes inherit; returns whether there is a GPU."""
     os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # One process would use every GPU.
 
     import torch
 
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    # A process that inherits an initialised CUDA cannot use it, and some of these initialise it.
-    preload = [] if torch.cuda.is_available() else PRELOAD
-    return Runner(jobs, threads, forkserver(preload), on_end)
+    return torch.cuda.is_available()
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ from benchmarks.study.data import Turn, write_text
 from benchmarks.study.grid import DPO_BETA
 
 if TYPE_CHECKING:
+    import torch
+
     from benchmarks.study.scoring import Scorer
 
 Result = dict[str, Any]
@@ -129,10 +131,19 @@ def isolate(log: Path, threads: int) -> None:
 class Scoring:
     """How much a model is asked."""
 
-    replies: int
-    """Test problems to answer."""
+    replies: int | None
+    """Test problems to answer; None for all."""
     max_new_tokens: int
     prose_tokens: int
+
+
+@dataclass(frozen=True)
+class Untrained:
+    """What forgetting is measured against."""
+
+    model: Path
+    replies: Path
+    """What :func:`write_replies` wrote."""
 
 
 def _end_with_parent() -> None:
@@ -150,6 +161,7 @@ def run_cell(
     reference: Path | None,
     train: bool,
     test: bool,
+    untrained: Untrained | None = None,
 ) -> None:
     """Train a cell and validate it, judge it on test data, or both.
 
@@ -160,6 +172,7 @@ def run_cell(
         reference: For DPO, what :func:`score_reference` wrote; None for SFT.
         train: Whether to train it and write ``train.json``.
         test: Whether to write ``test.json``.
+        untrained: For SFT, what forgetting is measured against; None not to measure it.
     """
     if train:
         folder.tested.unlink(missing_ok=True)
@@ -170,18 +183,28 @@ def run_cell(
         else:
             scores = _preference_scores(folder.model, data, "validation", reference)
             result["validation_accuracy"], result["validation_loss"] = scores
-        _write(folder.trained, result)
-        gc.collect()
+        _write(folder.trained, result | gpu_memory())
+        _free()
     if test and reference is None:
-        test_sft(folder.model, data, scoring, folder.tested)
+        test_sft(folder.model, data, scoring, folder.tested, untrained)
     elif test and reference is not None:
         accuracy, loss = _preference_scores(folder.model, data, "test", reference)
         _write(folder.tested, {"test_loss": loss, "test_accuracy": accuracy})
 
 
-def test_sft(model: Path, data: DataFiles, scoring: Scoring, file: Path) -> None:
-    """Write a model's scores on the test problems and on prose."""
+def test_sft(
+    model: Path,
+    data: DataFiles,
+    scoring: Scoring,
+    file: Path,
+    untrained: Untrained | None,
+) -> None:
+    """Write a model's scores on the test problems and on prose, and how far it is from untrained.
+
+    Everything is computed in float32, see :func:`benchmarks.study.scoring.set_precision`.
+    """
     from axolotl_gmt.tools.scoring import read_problems, score_model
+    from benchmarks.study.scoring import DTYPE
 
     scorer = _scorer(model)
     paragraphs = json.loads(data.prose.read_text(encoding="utf-8"))
@@ -190,11 +213,67 @@ def test_sft(model: Path, data: DataFiles, scoring: Scoring, file: Path) -> None
         "prose_loss": scorer.prose_loss(paragraphs, scoring.prose_tokens),
     }
     del scorer
-    gc.collect()
+    _free()
     problems = read_problems(data.sft("test"), scoring.replies)
-    score = score_model(model, problems, scoring.max_new_tokens)
+    score = score_model(model, problems, scoring.max_new_tokens, dtype=DTYPE)
     result["test_accuracy"] = score.last_number / score.problems
+    # If the replies could not be written, the study goes on without this measure.
+    if untrained is not None and untrained.replies.is_file():
+        _free()
+        result["kl"] = _divergence(model, untrained)
     _write(file, result)
+
+
+def _divergence(model: Path, untrained: Untrained) -> float:
+    """KL(untrained ‖ model) over the untrained model's replies, in nats a token."""
+    from benchmarks.study.sums.judging import divergence, load
+
+    with _device():
+        return divergence(load(model), load(untrained.model), untrained.replies)
+
+
+def write_replies(model: Path, prompts: Sequence[str], new_tokens: int, file: Path) -> None:
+    """Write what the untrained model replies, as ``sums.judging`` does, on a GPU if there is one.
+
+    Args:
+        model: The untrained model.
+        prompts: Of general kind, one turn each.
+        new_tokens: Longest reply, in tokens.
+        file: A JSON list, see :func:`benchmarks.study.sums.judging.write_replies`.
+    """
+    from benchmarks.study.scoring import set_precision
+    from benchmarks.study.sums import judging
+
+    set_precision()
+    with _device():
+        judging.write_replies(model, prompts, new_tokens, file)
+
+
+def _device() -> torch.device:
+    """As a context, it has models and tensors made on the GPU if there is one."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _free() -> None:
+    """Give memory back that other cells can use."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def gpu_memory() -> dict[str, int]:
+    """Bytes that this process had reserved at most, and those of the GPU; nothing without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "gpu_reserved": torch.cuda.max_memory_reserved(),
+        "gpu_total": torch.cuda.get_device_properties(0).total_memory,
+    }
 
 
 def score_reference(model: Path, data: DataFiles, file: Path) -> None:
@@ -252,6 +331,7 @@ def train_cell(folder: CellFolder) -> Result:
 
 def _watch_training(state: Path) -> Result:
     """Have the trainer clock itself and save its log; returns what it will have found."""
+    import torch
     from transformers import Trainer, TrainerCallback
 
     original = cast(Callable[..., Any], Trainer.train)
@@ -267,13 +347,18 @@ def _watch_training(state: Path) -> Result:
             wall, cpu = self._start
             result["train_seconds"] = time.perf_counter() - wall
             # All threads of this process: unlike the time on the wall, not longer on a busy
-            # machine.
-            result["train_cpu_seconds"] = time.process_time() - cpu
+            # machine. Of a GPU's work it says nothing.
+            if not torch.cuda.is_available():
+                result["train_cpu_seconds"] = time.process_time() - cpu
 
     def train(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
         trainer.add_callback(Clock())
         output = original(trainer, *args, **kwargs)
         result["steps"] = trainer.state.global_step
+        # What was really trained in, whatever the YAML says.
+        kinds = {str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters()}
+        result["weights"] = "+".join(sorted(kinds))
+        result["autocast"] = trainer.accelerator.mixed_precision
         trainer.state.save_to_json(str(state))
         return output
 

@@ -96,7 +96,7 @@ def _read(file: Path, *fields: str) -> list[list[str]]:
 
 
 def split_problems(
-    folder: Path, count: CountTokens, max_tokens: int, validation: int, test: int
+    folder: Path, count: CountTokens, max_tokens: int, validation: int, test: int | None
 ) -> Splits[Problem]:
     """The problems of at most ``max_tokens``; validation is taken out of ``train.jsonl``.
 
@@ -105,21 +105,25 @@ def split_problems(
         count: Counts the tokens of a problem.
         max_tokens: Longer problems are left out.
         validation: Problems to choose the learning rate by.
-        test: Problems to judge by, the first ones of ``test.jsonl`` that are short enough.
+        test: Problems to judge by, the first ones of ``test.jsonl`` that are short enough; None for
+            all of that file, of any length.
 
     Raises:
         DataError: If a file cannot be read or has too few problems.
     """
 
-    def short(name: str) -> list[Problem]:
-        rows = _read(folder / name, "question", "answer")
-        return [Problem(*row) for row in rows if count(row[0], row[1]) <= max_tokens]
+    def problems(name: str) -> list[Problem]:
+        return [Problem(*row) for row in _read(folder / name, "question", "answer")]
 
-    held_out = short("test.jsonl")
+    def short(name: str) -> list[Problem]:
+        found = problems(name)
+        return [each for each in found if count(each.question, each.answer) <= max_tokens]
+
+    held_out = problems("test.jsonl") if test is None else short("test.jsonl")
     known = {problem.question for problem in held_out}
     rest = [problem for problem in short("train.jsonl") if problem.question not in known]
     _require(len(rest) - validation, 1, folder / "train.jsonl", max_tokens)
-    _require(len(held_out), test, folder / "test.jsonl", max_tokens)
+    _require(len(held_out), test or 1, folder / "test.jsonl", max_tokens)
     questions = _shuffled({problem.question for problem in rest})
     for_validation = set(questions[:validation])
     return Splits(
@@ -200,9 +204,16 @@ def write_text(file: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
-def digest(files: Sequence[Path]) -> str:
-    """A hash of the files' contents, in the order given."""
+def sha256(files: Sequence[Path]) -> str:
+    """The SHA-256 of the files' contents, in the order given, in hexadecimal digits."""
     found = hashlib.sha256()
     for file in files:
-        found.update(file.read_bytes())
-    return found.hexdigest()[:16]
+        with file.open("rb") as opened:
+            while block := opened.read(2**20):
+                found.update(block)
+    return found.hexdigest()
+
+
+def digest(files: Sequence[Path]) -> str:
+    """The first 16 digits of :func:`sha256`."""
+    return sha256(files)[:16]

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 TaskName = Literal["sft", "dpo"]
@@ -33,6 +33,8 @@ class Method:
         """The YAML keys that make this method of plain fine-tuning."""
         if self.name == "full":
             return {}
+        if self.name == "full_bf16":
+            return {"bf16": True}
         if self.name == "lora":
             return {
                 "adapter": "lora",
@@ -51,6 +53,8 @@ class Method:
 
 
 FULL, HALF, LORA = Method("full"), Method("half"), Method("lora")
+FULL_BF16 = Method("full_bf16")
+"""Full fine-tuning whose weights, gradients and AdamW's state are bf16."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,9 @@ class Task:
     """Problems that are longer as a chat, answer included, are left out."""
     validation: int
     """Problems, or pairs, that the learning rate is chosen by."""
-    test: int
-    """Problems, or pairs, that the tuned methods are judged by."""
+    test: int | None
+    """Problems, or pairs, that the tuned methods are judged by; None for a whole file of problems,
+    however long they are."""
 
 
 @dataclass(frozen=True)
@@ -80,22 +85,49 @@ class Size:
     sft: Task
     dpo: Task
     seeds: tuple[int, ...]
-    """The learning rate is tuned with the first."""
-    replies: int
-    """Test problems that a model is asked to answer."""
+    """Of the cells that count. DPO starts from a model of the first."""
+    replies: int | None
+    """Test problems that a model is asked to answer; None for all."""
     max_new_tokens: int
     prose_tokens: int
     """Tokens of text outside the task."""
     tf32: bool
-    """Whether a GPU may multiply float32 matrices in TF32. Weights are float32 at every size: in
-    bf16 most of a step of Adam's would be lost to rounding, whatever the method."""
+    """Whether a GPU may multiply float32 matrices in TF32 in training. Weights are float32 at every
+    size, but for an arm that says otherwise: in bf16 most of a step of Adam's would be lost to
+    rounding, whatever the method."""
     logging_steps: int
     jobs: int
-    """Cells that run at a time."""
+    """Cells that run at a time on a CPU."""
+    autocast: bool = False
+    """Whether the forward pass of training runs in bf16."""
+    tuning_seeds: tuple[int, ...] = (0,)
+    """The first goes over all learning rates, all of them over the finer ones."""
+    finer: tuple[float, ...] = (1.0,)
+    """Multiples of the best learning rate that are tuned in a second stage."""
+    primary: tuple[Method, ...] = ()
+    """Methods that have ``primary_seeds`` in place of ``seeds``."""
+    primary_seeds: tuple[int, ...] = ()
+    reply_tokens: int = 0
+    """Of each reply of the untrained model that forgetting is measured on; 0 not to measure it."""
+    timed_pairs: int = 0
+    """Pairs of steps, full and GMT, that are timed; 0 for none."""
+    parameters: tuple[float, float] | None = None
+    """Of the model that must be named, at least and at most; None for the quickstart's model."""
 
     def task(self, name: TaskName) -> Task:
         """The task of that name."""
         return self.sft if name == "sft" else self.dpo
+
+    def seeds_of(self, method: Method) -> tuple[int, ...]:
+        """Those of the method's cells that count."""
+        return self.primary_seeds if method in self.primary else self.seeds
+
+    def counts(self, task: Task) -> tuple[int, int, int]:
+        """How many cells of a task tune if none fails, are judged, and are both."""
+        finer = len(self.finer) * len(self.tuning_seeds) - (1.0 in self.finer)
+        tuning = len(task.methods) * (len(task.learning_rates) + finer)
+        judged = [seed for method in task.methods for seed in self.seeds_of(method)]
+        return tuning, len(judged), sum(seed in self.tuning_seeds for seed in judged)
 
 
 @dataclass(frozen=True)
@@ -117,9 +149,12 @@ class Cell:
 def settings(cell: Cell, size: Size) -> Yaml:
     """The YAML of a cell without the keys that are paths."""
     task = size.task(cell.task)
+    own = cell.method.settings()
+    if size.autocast:
+        own = {"plugins": [PRECISION, *own.pop("plugins", [])], **own}
     preference = {"rl": "dpo", "rl_beta": DPO_BETA} if cell.task == "dpo" else {}
     return {
-        **cell.method.settings(),
+        **own,
         **preference,
         "chat_template": "tokenizer_default",
         # The template may count a token or two otherwise than the filter on the data did.
@@ -145,10 +180,12 @@ def settings(cell: Cell, size: Size) -> Yaml:
         "val_set_size": 0,
         "dataset_num_proc": 1,
         "dataloader_num_workers": 0,
+        **own,  # Once more, since a method may set what is set above.
     }
 
 
 DPO_BETA = 0.1
+PRECISION = "benchmarks.study.precision.Precision"
 
 
 def key(cell: Cell, size: Size, *depends_on: str) -> str:
@@ -159,7 +196,9 @@ def key(cell: Cell, size: Size, *depends_on: str) -> str:
         size: The study's size, for its settings of training and scoring.
         depends_on: Keys or digests of what the cell starts from: the data, another cell.
     """
-    scoring = (size.replies, size.max_new_tokens, size.prose_tokens)
+    scoring = [size.replies, size.max_new_tokens, size.prose_tokens]
+    if size.reply_tokens:
+        scoring.append(size.reply_tokens)
     written = json.dumps([asdict(cell), settings(cell, size), scoring, depends_on], sort_keys=True)
     return short_hash(written)
 
@@ -169,8 +208,9 @@ def short_hash(*texts: str) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:8]
 
 
-def tuning_cells(task: Task, seed: int) -> list[Cell]:
-    """Every method at every learning rate."""
+def coarse_cells(task: Task, size: Size) -> list[Cell]:
+    """Every method at every learning rate, with the first tuning seed."""
+    seed = size.tuning_seeds[0]
     return [
         Cell(task.name, method, rate, seed)
         for method in task.methods
@@ -178,24 +218,42 @@ def tuning_cells(task: Task, seed: int) -> list[Cell]:
     ]
 
 
-def seed_cells(best: Iterable[Cell], seeds: Iterable[int]) -> list[Cell]:
-    """The chosen cells with each seed."""
+def finer_cells(best: Iterable[Cell], size: Size) -> list[Cell]:
+    """The best cells at the learning rates around theirs, with every tuning seed."""
     return [
-        Cell(cell.task, cell.method, cell.learning_rate, seed) for cell in best for seed in seeds
+        replace(cell, learning_rate=cell.learning_rate * factor, seed=seed)
+        for cell in best
+        for factor in size.finer
+        for seed in size.tuning_seeds
     ]
 
 
-def choose(validation_losses: Mapping[Cell, float]) -> dict[Method, Cell]:
-    """For each method the cell of lowest validation loss; a loss that is NaN never wins.
+def seed_cells(best: Iterable[Cell], size: Size) -> list[Cell]:
+    """The chosen cells with each seed that counts."""
+    return [replace(cell, seed=seed) for cell in best for seed in size.seeds_of(cell.method)]
 
-    Of equal losses the lower learning rate wins. A method whose losses are all NaN is left out.
+
+def choose(validation_losses: Mapping[Cell, float]) -> dict[Method, Cell]:
+    """For each method a cell of the learning rate whose validation loss is lowest.
+
+    The loss is the mean over seeds, of those rates that were run with the most seeds. One that is
+    NaN never wins, and of equal losses the lower learning rate wins. A method whose losses are all
+    NaN is left out.
     """
-    best: dict[Method, Cell] = {}
+    tried: dict[Method, dict[float, list[Cell]]] = {}
     for cell in sorted(validation_losses, key=lambda cell: cell.learning_rate):
-        loss = validation_losses[cell]
-        rival = best.get(cell.method)
-        if not math.isnan(loss) and (rival is None or loss < validation_losses[rival]):
-            best[cell.method] = cell
+        tried.setdefault(cell.method, {}).setdefault(cell.learning_rate, []).append(cell)
+    best: dict[Method, Cell] = {}
+    for method, rates in tried.items():
+        most = max(map(len, rates.values()))
+        losses = {
+            cells[0]: math.fsum(validation_losses[cell] for cell in cells) / most
+            for cells in rates.values()
+            if len(cells) == most
+        }
+        numbers = [cell for cell, loss in losses.items() if not math.isnan(loss)]
+        if numbers:
+            best[method] = min(numbers, key=losses.__getitem__)
     return best
 
 
@@ -247,30 +305,65 @@ SIZES = {
                 *_at("gradient_weight", 0.5),
                 HALF,
                 LORA,
+                FULL_BF16,
             ),
-            learning_rates=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3),
-            steps=100,
+            learning_rates=(2.5e-6, 1e-5, 4e-5, 1.6e-4, 6.4e-4),
+            steps=400,
             batch=16,
             max_tokens=384,
             validation=256,
-            test=512,
+            test=None,
         ),
         dpo=Task(
             name="dpo",
             methods=(FULL, *_at("gmt", 0.5), *_at("random", 0.5), HALF, LORA),
-            learning_rates=(1e-5, 3e-5, 1e-4),
+            learning_rates=(6.25e-7, 2.5e-6, 1e-5, 4e-5),
             steps=24,
             batch=8,
             max_tokens=384,
             validation=64,
             test=160,
         ),
-        seeds=(0, 1, 2),
-        replies=256,
-        max_new_tokens=192,
+        seeds=(1, 2, 3),
+        replies=None,
+        max_new_tokens=320,
         prose_tokens=16384,
-        tf32=True,
+        tf32=False,
         logging_steps=10,
-        jobs=8,
+        jobs=1,
+        autocast=True,
+        tuning_seeds=(101, 102),
+        finer=(0.5, 1.0, 2.0),
+        primary=(FULL, *_at("gmt", 0.5), *_at("random", 0.5)),
+        primary_seeds=(1, 2, 3, 4, 5, 6, 7, 8),
+        reply_tokens=64,
+        timed_pairs=30,
+        parameters=(0.4e9, 2e9),
     ),
 }
+
+
+def _toy(full: Size) -> Size:
+    """Every kind of cell that ``full`` has, in minutes on a CPU; its results mean nothing."""
+    (gmt,) = _at("gmt", 0.5)
+    small = {"learning_rates": (1e-3,), "steps": 2, "batch": 2, "validation": 2}
+    return replace(
+        full,
+        name="full-toy",
+        sft=replace(full.sft, methods=(FULL, gmt, LORA, FULL_BF16), **small),
+        dpo=replace(full.dpo, methods=(FULL, gmt), **small, test=4),
+        seeds=(1,),
+        max_new_tokens=4,
+        prose_tokens=512,
+        logging_steps=1,
+        jobs=2,
+        finer=(2.0,),
+        primary=(gmt,),
+        primary_seeds=(1, 2),
+        reply_tokens=4,
+        timed_pairs=3,
+        parameters=(0, 1e12),
+    )
+
+
+TOY = _toy(SIZES["full"])

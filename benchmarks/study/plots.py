@@ -23,6 +23,7 @@ COLOURS = {
     "gmt": "#0072B2",
     "random": "#E69F00",
     "full": "#333333",
+    "full_bf16": "#56B4E9",
     "half": "#009E73",
     "lora": "#CC79A7",
     "gradient_weight": "#D55E00",
@@ -32,6 +33,7 @@ MARKERS = {
     "gmt": "o",
     "random": "s",
     "full": "D",
+    "full_bf16": "d",
     "half": "^",
     "lora": "v",
     "gradient_weight": "P",
@@ -41,6 +43,7 @@ NAMES = {
     "gmt": "GMT",
     "random": "random mask",
     "full": "full fine-tuning",
+    "full_bf16": "full, weights in bf16",
     "half": "half of the matrices",
     "lora": "LoRA",
     "gradient_weight": "|g · w|",
@@ -132,7 +135,13 @@ def _draw_over_ratio(
                 label=NAMES[name],
             )
     # At the right edge their spread, which as bands would cover each other.
-    lines = {"full": ("-", 1.03), "half": ("--", 1.06), "lora": ("-.", 1.09), "base": (":", None)}
+    lines = {
+        "full": ("-", 1.03),
+        "half": ("--", 1.06),
+        "lora": ("-.", 1.09),
+        "full_bf16": ((0, (1, 3)), 1.11),
+        "base": (":", None),
+    }
     for setting in settings:
         name = setting.method.name
         spread = spread_of(setting)
@@ -216,8 +225,9 @@ def draw_tuning(sft: Mapping[str, Setting], dpo: Mapping[str, Setting]) -> Figur
         rates = sorted(
             {rate for s in settings.values() for rate in numbers(s.rows, "learning_rate")}
         )
-        panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
-        panel.minorticks_off()
+        if len(rates) <= 6:  # More would cover each other.
+            panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
+            panel.minorticks_off()
         panel.set_xlabel("learning rate")
         panel.set_ylabel("nats per token" if settings is sft else "nats per pair")
         panel.set_title(title, fontsize=11)
@@ -228,7 +238,9 @@ def draw_tuning(sft: Mapping[str, Setting], dpo: Mapping[str, Setting]) -> Figur
 
 
 def _draw_tuned(axes: Axes, setting: Setting) -> None:
-    seed = min((float(row["seed"] or 0) for row in setting.rows), default=0.0)
+    # Of the seed that went over all of them.
+    seeds = sorted(numbers(setting.rows, "seed"))
+    seed = max(seeds, key=seeds.count, default=0.0)
     points = sorted(
         (rate, loss)
         for row in setting.rows
@@ -251,8 +263,9 @@ def _draw_tuned(axes: Axes, setting: Setting) -> None:
         ls=dashes,
         label=_named(setting),
     )
-    best = min(points, key=lambda point: point[1])
-    axes.scatter(*best, s=110, facecolor="none", edgecolor=COLOURS[name], zorder=3)
+    for point in points:
+        if point[0] == setting.learning_rate:
+            axes.scatter(*point, s=110, facecolor="none", edgecolor=COLOURS[name], zorder=3)
 
 
 def draw_dpo(settings: Mapping[str, Setting]) -> Figure:

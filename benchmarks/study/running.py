@@ -39,6 +39,22 @@ class Job:
     weight: float = 1.0
 
 
+# Of what CUDA and its libraries keep beside torch's own memory in each process, and of the whole
+# GPU that stays free. Both are guesses on the safe side.
+_CONTEXT, _FREE = 2**30, 0.1
+
+
+def fitting(reserved: int, total: int, most: int) -> int:
+    """How many processes fit on a GPU, at least one.
+
+    Args:
+        reserved: Bytes that torch reserves in one of them.
+        total: Bytes of the GPU.
+        most: No more than this.
+    """
+    return max(1, min(most, int((1 - _FREE) * total / (reserved + _CONTEXT))))
+
+
 @dataclass
 class Runner:
     """Runs jobs and remembers which failed.

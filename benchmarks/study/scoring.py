@@ -17,12 +17,30 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DTYPE = "float32"
 BATCH = 8
 WINDOW = 256  # tokens of prose that a model reads at a time
 
 
+def set_precision() -> None:
+    """Have this process multiply float32 matrices in float32.
+
+    TF32 is a setting of the process that training may leave behind, so without this the models that
+    are scored right after training would be scored otherwise than the rest.
+    """
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    # Axolotl sets these to TF32 too.
+    torch.backends.fp32_precision = "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.fp32_precision = "ieee"
+
+
 class Scorer:
-    """A saved model, loaded for scoring, on a GPU if there is one.
+    """A saved model, loaded for scoring in float32, on a GPU if there is one.
+
+    From then on the whole process computes as :func:`set_precision` says.
 
     Args:
         folder: A saved model and its tokenizer with a chat template.
@@ -32,10 +50,11 @@ class Scorer:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
+        set_precision()
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model: PreTrainedModel = (
-            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+            AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).to(device).eval()
         )
 
     def answers(self, chats: Sequence[Sequence[Turn]]) -> list[tuple[float, int]]:

@@ -37,9 +37,12 @@ COLUMNS = (
     "grad_norm_kept",
     "train_seconds",
     "train_cpu_seconds",
+    "kl",
+    "weights",
+    "autocast",
     "key",
 )
-_TEXTS = {"task", "method", "status", "key"}
+_TEXTS = {"task", "method", "status", "weights", "autocast", "key"}
 
 
 def write_csv(file: Path, rows: Iterable[Row]) -> None:
@@ -173,13 +176,17 @@ def _columns(task: str, plain: Setting) -> list[Column]:
 
     loss = "answer loss" if task == "sft" else "DPO loss"
     accuracy = "answers right" if task == "sft" else "preferences right"
-    prose: list[Column] = [("prose loss", of("prose_loss", ".3f"))] if task == "sft" else []
+    forgotten: list[Column] = []
+    if task == "sft":
+        forgotten.append(("prose loss", of("prose_loss", ".3f")))
+        if numbers(plain.rows, "kl"):
+            forgotten.append(("KL from untrained", of("kl", ".4f")))
     return [
         ("learning rate", rate),
         (loss, of("test_loss", ".3f")),
         ("less full's, seed by seed", difference),
         (accuracy, of("test_accuracy", ".1%")),
-        *prose,
+        *forgotten,
     ]
 
 
@@ -206,13 +213,23 @@ _CELL_COLUMNS = {
     "test_loss": ".4f",
     "test_accuracy": ".3f",
     "prose_loss": ".4f",
+    "kl": ".4f",
     "grad_norm_kept": ".3f",
     "train_cpu_seconds": ".0f",
 }
 
 
 def every_cell(rows: Iterable[Row]) -> list[list[str]]:
-    """Headings, and a line for each cell; a failed one says so, and what it lacks is empty."""
+    """Headings, and a line for each cell; a failed one says so, and what it lacks is empty.
+
+    What no cell has is no column.
+    """
+    rows = list(rows)
+    columns = {
+        column: form
+        for column, form in _CELL_COLUMNS.items()
+        if any(row.get(column) is not None for row in rows)
+    }
 
     def text(row: Row, column: str, form: str) -> str:
         value = row.get(column)
@@ -220,8 +237,8 @@ def every_cell(rows: Iterable[Row]) -> list[list[str]]:
             return f"{value} (failed)"
         return "" if value is None else format(value, form)
 
-    headings = [column.replace("_", " ").replace("train cpu", "CPU") for column in _CELL_COLUMNS]
-    lines = [[text(row, *column) for column in _CELL_COLUMNS.items()] for row in rows]
+    headings = [column.replace("_", " ").replace("train cpu", "CPU") for column in columns]
+    lines = [[text(row, *column) for column in columns.items()] for row in rows]
     return [headings, *lines]
 
 

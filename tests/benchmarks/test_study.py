@@ -5,26 +5,32 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from axolotl_gmt.errors import UserError
 from axolotl_gmt.tools import quickstart
+from benchmarks import measuring
 from benchmarks.study import __main__ as command
-from benchmarks.study import data, grid, plots, tables
+from benchmarks.study import cell as cells
+from benchmarks.study import data, grid, plan, plots, tables
 from benchmarks.study.data import DataError, split_preferences, split_problems
-from benchmarks.study.grid import FULL, LORA, SIZES, Cell, Method, Size, Task
-from benchmarks.study.running import Job, Runner, forkserver
-from benchmarks.study.scoring import Scorer, encode, preference_scores
-from benchmarks.study.study import Study
+from benchmarks.study.grid import FULL, FULL_BF16, LORA, SIZES, TOY, Cell, Method, Size, Task
+from benchmarks.study.running import Job, Runner, fitting, forkserver
+from benchmarks.study.scoring import Scorer, encode, preference_scores, set_precision
+from benchmarks.study.study import Study, check_base, token_counter
 from tests.benchmarks import study_jobs
 
 GMT = Method("gmt", 0.5)
@@ -120,6 +126,16 @@ def test_splits_are_the_same_in_every_process_and_long_problems_are_left_out(gsm
     assert [p for p in first.test if "has 41 pens" not in p.question] == splits.test[:19]
 
 
+def test_the_whole_test_file_counts_where_that_is_asked_for_however_long(gsm8k: Path) -> None:
+    splits = split_problems(gsm8k, lambda *_: 50, max_tokens=100, validation=5, test=None)
+    assert len(splits.test) == 30
+
+    def long_test(question: str, answer: str) -> int:
+        return 50 if int(question.split()[2]) < 40 else 5000
+
+    assert split_problems(gsm8k, long_test, 100, 5, None) == splits
+
+
 def test_calculator_notes_are_cut_out_of_answers(gsm8k: Path) -> None:
     problem = split_problems(gsm8k, words, max_tokens=100, validation=5, test=20).test[0]
     assert problem.answer == "40 + 41 = 81\n#### 81"
@@ -157,7 +173,7 @@ def test_prose_is_english_sentences_in_a_fixed_order() -> None:
 def test_every_method_is_tuned_over_the_same_learning_rates_with_one_seed() -> None:
     for size in SIZES.values():
         for task in (size.sft, size.dpo):
-            cells = grid.tuning_cells(task, size.seeds[0])
+            cells = grid.coarse_cells(task, size)
             assert len(set(cells)) == len(task.methods) * len(task.learning_rates)
             for method in task.methods:
                 rates = [cell.learning_rate for cell in cells if cell.method == method]
@@ -165,13 +181,51 @@ def test_every_method_is_tuned_over_the_same_learning_rates_with_one_seed() -> N
         assert len(size.seeds) >= 3
 
 
+def test_the_full_size_never_counts_a_cell_that_tuned_and_has_eight_seeds_of_primary_arms() -> None:
+    size = SIZES["full"]
+    assert [method.label for method in size.primary] == ["full", "gmt 0.5", "random 0.5"]
+    for task in (size.sft, size.dpo):
+        assert set(size.primary) <= set(task.methods)
+        best = [Cell(task.name, method, 1e-5, 101) for method in task.methods]
+        seeds = [cell.seed for cell in grid.seed_cells(best, size)]
+        assert not set(seeds) & set(size.tuning_seeds)
+        assert len(seeds) == 3 * 8 + 3 * (len(task.methods) - 3)
+        finer = [cell for cell in grid.finer_cells(best, size) if cell.method == FULL]
+        assert sorted({cell.learning_rate for cell in finer}) == [5e-6, 1e-5, 2e-5]
+        assert sorted({cell.seed for cell in finer}) == sorted(size.tuning_seeds)
+        assert len(finer) == 6
+
+
+def test_the_small_size_still_has_the_cells_whose_results_are_published() -> None:
+    """Keys are hashes of a cell's YAML, data and scoring: what is published was made by these."""
+    published = Path(plots.__file__).parents[1] / "results" / "study-small.csv"
+    size, digest = SIZES["small"], "6122de9cb6f975be"  # Of GSM8K as it is split at this size.
+    start = grid.key(Cell("sft", FULL, 1e-4, 0), size, digest)
+    rows = [row for row in tables.read_csv(published) if row["method"] != "base"]
+    assert len(rows) == 71
+    for row in rows:
+        task, ratio = row["task"], cast("float | None", row["ratio"])
+        cell = Cell(
+            cast(grid.TaskName, task),
+            Method(str(row["method"]), ratio),
+            cast(float, row["learning_rate"]),
+            int(cast(float, row["seed"])),
+        )
+        depends_on = (digest,) if task == "sft" else (digest, start)
+        assert grid.key(cell, size, *depends_on) == row["key"], row
+
+
 def test_methods_differ_in_nothing_but_their_own_keys() -> None:
     plain = grid.settings(Cell("sft", FULL, 1e-3, 0), SIZE)
     for method in SIZES["full"].sft.methods:
         found = grid.settings(Cell("sft", method, 1e-3, 0), SIZE)
         own = method.settings()
-        assert {k: v for k, v in found.items() if k not in own} == plain
-        assert all(k.startswith(("gmt_", "lora_")) or k in ("plugins", "adapter") for k in own)
+        assert {k: v for k, v in found.items() if k not in own} == {
+            k: v for k, v in plain.items() if k not in own
+        }
+        assert all(
+            k.startswith(("gmt_", "lora_")) or k in ("plugins", "adapter", "bf16") for k in own
+        )
     assert FULL.settings() == {}
     assert GMT.settings() == {
         "plugins": ["axolotl_gmt"],
@@ -181,12 +235,36 @@ def test_methods_differ_in_nothing_but_their_own_keys() -> None:
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=list(SIZES))
-def test_axolotl_and_gmt_accept_the_settings_of_every_method(size: Size) -> None:
-    from axolotl_gmt.config import GMTConfig
+def test_axolotl_accepts_the_yaml_of_every_method_on_an_h100(size: Size, tmp_path: Path) -> None:
+    """By its schema, which drops unknown keys, so what must arrive is looked for too."""
+    from axolotl.integrations.base import PluginManager
+    from axolotl.utils.config import prepare_plugins, resolve_dtype, validate_config
+    from axolotl.utils.dict import DictDefault
 
-    for method in (*size.sft.methods, *size.dpo.methods):
-        own = method.settings()
-        GMTConfig(**{k.removeprefix("gmt_"): v for k, v in own.items() if k.startswith("gmt_")})
+    card = {"bf16": True, "fp8": True, "tf32": True, "n_gpu": 1, "compute_capability": "sm_90"}
+    version = {"torch_version": torch.__version__.partition("+")[0]}
+    study = Study(size, tmp_path, tmp_path / "out", lambda _: None)
+    study._best["sft"] = {FULL: Cell("sft", FULL, 1e-4, 0)}
+    for task in (size.sft, size.dpo):
+        for method in task.methods:
+            written = study.recipe(Cell(task.name, method, 1e-4, 1))
+            config = DictDefault(yaml.safe_load(yaml.safe_dump(written)))
+            PluginManager.get_instance().plugins.clear()
+            try:
+                prepare_plugins(config)
+                valid = validate_config(config, capabilities=card, env_capabilities=version)
+                arguments = PluginManager.get_instance().get_training_args(valid) or {}
+            finally:
+                PluginManager.get_instance().plugins.clear()
+            for key, value in method.settings().items():
+                if key != "plugins":
+                    assert valid[key] == value, (method, key)
+            assert (valid.rl == "dpo") == (task.name == "dpo")
+            resolve_dtype(valid)
+            in_bf16 = method == FULL_BF16
+            assert valid.torch_dtype == (torch.bfloat16 if in_bf16 else torch.float32)
+            assert arguments.get("bf16", False) == size.autocast
+            assert not valid.tf32
 
 
 def test_a_cell_s_key_changes_with_all_that_its_result_depends_on() -> None:
@@ -216,6 +294,37 @@ def test_the_learning_rate_of_lowest_validation_loss_is_chosen_for_each_method()
     assert chosen == {FULL: 1e-3, GMT: 1e-4, LORA: 1e-4}
 
 
+def test_of_two_tuning_seeds_the_mean_decides_among_rates_that_both_were_tried_at() -> None:
+    nan = float("nan")
+    losses = {
+        (FULL, 1e-4, 0): 1.0,  # The lowest of all, but only one seed was run.
+        (FULL, 1e-3, 0): 1.5,
+        (FULL, 1e-3, 1): 3.5,
+        (FULL, 2e-3, 0): 2.0,
+        (FULL, 2e-3, 1): 2.0,
+        (GMT, 1e-3, 0): 1.0,
+        (GMT, 1e-3, 1): nan,
+        (GMT, 2e-3, 0): 9.0,
+        (GMT, 2e-3, 1): 9.0,
+        (LORA, 1e-3, 0): nan,
+    }
+    chosen = grid.choose({Cell("sft", *key): loss for key, loss in losses.items()})
+    rates = {method: cell.learning_rate for method, cell in chosen.items()}
+    assert rates == {FULL: 2e-3, GMT: 2e-3}
+
+
+def test_the_plan_counts_the_cells_and_grows_with_the_model() -> None:
+    size = SIZES["full"]
+    assert [size.counts(task) for task in (size.sft, size.dpo)] == [(150, 60, 0), (45, 30, 0)]
+    assert SIZES["small"].counts(SIZES["small"].sft) == (40, 24, 8)
+    small, large = plan.hours(size, 0.5e9), plan.hours(size, 1.7e9)
+    assert 0 < small < large
+    text = " ".join(plan.lines(size, (0.5e9, 1.7e9)))
+    assert "285 cells" in text
+    assert "estimated and not measured" in text
+    assert f"1.7B parameters: {large:.0f} h" in text
+
+
 # The order of things
 
 
@@ -226,17 +335,25 @@ class PretendRunner(Runner):
         super().__init__(1, 1, forkserver(["torch"]), lambda *_: study.tidy())
         self.breaks = breaks
         self.jobs: list[Job] = []
+        self.memory: dict[str, float] = {}
+        self.together: list[tuple[int, list[str]]] = []
 
     def run(self, jobs: Sequence[Job]) -> None:
+        self.together.append((self.parallel, [job.label for job in jobs]))
         for job in jobs:
             self.jobs.append(job)
-            done = self.breaks not in job.label
+            done = not re.search(self.breaks, job.label)
             if not done:
                 self.failed.append(job)
             elif job.label == "base model":
                 self._write(job.result, {"test_loss": 9.0})
-            elif job.label == "reference of DPO":
+            elif job.label in ("reference of DPO", "replies of the untrained model"):
                 self._write(job.result, {})
+            elif job.label == "time of a step":
+                ratios = {
+                    f"{name} ratio": 1.01 for name in ("mask", "median", "smallest", "largest")
+                }
+                self._write(job.result, {"pairs": 1, "device": "cpu", **ratios})
             else:
                 self._pretend(job)
             self.on_end(job, 0.0, done)
@@ -246,13 +363,16 @@ class PretendRunner(Runner):
         rate = yaml.safe_load(folder.recipe.read_text())["learning_rate"]
         if job.arguments["train"]:
             folder.model.mkdir(exist_ok=True)
-            self._write(folder.trained, {"validation_loss": rate, "train_cpu_seconds": 1.0})
+            self._write(
+                folder.trained, {"validation_loss": rate, "train_cpu_seconds": 1.0, **self.memory}
+            )
         if job.arguments["test"]:
             assert folder.model.is_dir(), "judged after its model was removed"
-            self._write(folder.tested, {"test_loss": 1 / rate, "test_accuracy": 0.0})
+            scores = {"test_loss": 1 / rate, "test_accuracy": 0.0, "prose_loss": 3.0}
+            self._write(folder.tested, scores)
 
     @staticmethod
-    def _write(file: Path, result: dict[str, float]) -> None:
+    def _write(file: Path, result: Mapping[str, object]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result))
 
@@ -352,6 +472,129 @@ def test_a_method_of_which_a_tuning_cell_failed_is_not_chosen(tmp_path: Path) ->
     assert settings["full"].final
 
 
+FINER = replace(
+    SIZE,
+    dpo=small_task("dpo", FULL, GMT),
+    seeds=(1, 2),
+    tuning_seeds=(101, 102),
+    finer=(0.5, 1.0, 2.0),
+    primary=(GMT,),
+    primary_seeds=(1, 2, 3),
+    reply_tokens=4,
+    timed_pairs=1,
+)
+
+
+@pytest.mark.usefixtures("pretend_models")
+def test_tuning_goes_finer_around_the_best_rate_and_its_seeds_and_models_count_for_nothing(
+    tmp_path: Path,
+) -> None:
+    weights: list[float] = []
+    study = Study(FINER, tmp_path, tmp_path / "out", weights.append)
+    runner = PretendRunner(study)
+    study.run(runner)
+    tuned = [label for label in trained_labels(runner) if label.startswith("sft-gmt")]
+    assert tuned == [
+        "sft-gmt0.5-lr0.0001-seed101",
+        "sft-gmt0.5-lr0.001-seed101",
+        # In this pretence the lowest rate is best.
+        "sft-gmt0.5-lr5e-05-seed101",
+        "sft-gmt0.5-lr5e-05-seed102",
+        "sft-gmt0.5-lr0.0001-seed102",
+        "sft-gmt0.5-lr0.0002-seed101",
+        "sft-gmt0.5-lr0.0002-seed102",
+        *(f"sft-gmt0.5-lr5e-05-seed{seed}" for seed in (1, 2, 3)),
+    ]
+    assert not [label for label in judged_labels(runner) if "seed10" in label]
+    assert sum("full-" in label for label in judged_labels(runner)) == 4
+    models = [path.parent for path in study.out.glob("cells/*/model")]
+    assert models == [study.folder(Cell("sft", FULL, 5e-5, 1)).path]
+    assert sum(weights) == pytest.approx(sum(job.weight for job in runner.jobs))
+    # Alone, before anything else.
+    assert runner.together[0] == (1, ["time of a step"])
+    assert [remark.split(", is")[0] for remark in study.remarks()] == [
+        "The learning rate of sft full, 5e-05",
+        "The learning rate of sft gmt 0.5, 5e-05",
+        "The learning rate of dpo full, 0.0005",
+        "The learning rate of dpo gmt 0.5, 0.0005",
+    ]
+    again = PretendRunner(study)
+    study.run(again)
+    assert again.jobs == []
+
+
+# What breaks, what the report then says of it, and how many cells of DPO there are nevertheless.
+FAULTS = {
+    "time of a step": ("The time of a step was not measured", 17),
+    "replies of the untrained model": ("KL from untrained was not measured", 17),
+    "base model": ("The untrained model was not scored", 17),
+    "sft-full-lr0.001-seed101": ("sft full has no learning rate", 0),
+    "sft-full-lr5e-05-seed102": ("sft full has no learning rate", 0),
+    "sft-full-lr5e-05-seed1$": ("DPO was not run", 0),
+    "sft-full-lr5e-05-seed2": ("", 17),
+    "sft-full": ("DPO was not run", 0),
+    "sft-gmt0.5-lr0.0001-seed101": ("sft gmt 0.5 has no learning rate", 17),
+    "sft-gmt0.5-lr5e-05-seed3": ("", 17),
+    "sft": ("sft gmt 0.5 has no learning rate", 0),
+    "reference of DPO": ("DPO was not run", 0),
+    "dpo-full-lr0.001-seed101": ("dpo full has no learning rate", 10),
+    "dpo-full": ("dpo full has no learning rate", 10),
+    "dpo-gmt0.5-lr0.001-seed102": ("dpo gmt 0.5 has no learning rate", 14),
+    "dpo-gmt0.5-lr0.0005-seed1$": ("", 17),
+    "": ("The untrained model was not scored", 0),  # Everything.
+}
+
+
+@pytest.mark.usefixtures("pretend_models")
+@pytest.mark.parametrize("breaks", FAULTS, ids=lambda breaks: breaks or "everything")
+def test_whatever_fails_the_study_goes_on_and_reports(tmp_path: Path, breaks: str) -> None:
+    remark, dpo_cells = FAULTS[breaks]
+    study = Study(FINER, tmp_path, tmp_path / "out", lambda _: None)
+    runner = PretendRunner(study, breaks)
+    study.run(runner)
+    assert any(re.search(breaks, job.label) for job in runner.failed)
+    assert any(remark in found for found in study.remarks())
+    assert sum(job.label.startswith("dpo") for job in runner.jobs) == dpo_cells
+    command.write_report(study)
+    facts = json.loads((study.out / "study.json").read_text())
+    assert facts["remarks"] == study.remarks()
+    assert (facts["step time"] is None) == (breaks in "time of a step")
+    assert remark in (study.out / "study.md").read_text()
+    # The same command again, and nothing fails: all that was missing is there.
+    study.run(PretendRunner(study))
+    assert not [found for found in study.remarks() if "edge" not in found]
+    assert {row["status"] for row in study.rows()} == {"done"}
+
+
+@pytest.mark.usefixtures("pretend_models")
+def test_as_many_cells_run_at_a_time_as_the_gpu_has_memory_for(tmp_path: Path) -> None:
+    gib = 2**30
+    study = Study(SIZE, tmp_path, tmp_path / "out", lambda _: None, by_memory=True)
+    runner = PretendRunner(study, breaks="sft-full-lr0.0001-seed0")
+    runner.parallel, runner.memory = 8, {"gpu_reserved": 14 * gib, "gpu_total": 80 * gib}
+    study.run(runner)
+    assert runner.parallel == 8
+    alone = [labels for parallel, labels in runner.together if parallel == 1 and labels]
+    # The first of all, the first that fails, and then the first that says what it took.
+    assert alone[:3] == [["base model"], ["sft-full-lr0.0001-seed0"], ["sft-full-lr0.001-seed0"]]
+    assert len(alone) == 3
+    assert {parallel for parallel, labels in runner.together if len(labels) > 1} == {4}
+    # What failed is run again beside others, and the first cell of the next task alone.
+    again = PretendRunner(study)
+    again.parallel, again.memory = 3, {"gpu_reserved": 30 * gib, "gpu_total": 80 * gib}
+    study.run(again)
+    assert (3, ["sft-full-lr0.0001-seed0"]) in again.together
+    assert (1, ["dpo-full-lr0.001-seed0"]) in again.together
+    assert (2, [f"dpo-full-lr0.001-seed{seed}" for seed in SIZE.seeds]) in again.together
+
+
+def test_what_fits_on_a_gpu_is_at_least_one_and_at_most_what_was_asked() -> None:
+    gib = 2**30
+    assert fitting(14 * gib, 80 * gib, 16) == 4  # 72 GiB for 15 each
+    assert fitting(14 * gib, 80 * gib, 3) == 3
+    assert fitting(79 * gib, 80 * gib, 8) == 1
+
+
 def test_cells_of_other_versions_are_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,7 +661,90 @@ def test_running_jobs_are_killed_when_the_study_is_interrupted(tmp_path: Path) -
         os.kill(int(pid.read_text()), 0)
 
 
+# Time
+
+
+def test_pairs_of_steps_take_turns_and_only_one_of_each_has_the_hook() -> None:
+    hooks: list[object] = []
+    seen: list[int] = []
+
+    class Handle:
+        def __init__(self) -> None:
+            hooks.append(self)
+
+        def remove(self) -> None:
+            hooks.remove(self)
+
+    def step() -> None:
+        seen.append(len(hooks))
+        time.sleep(0.02 * len(hooks))
+
+    attach = cast("Callable[[], torch.utils.hooks.RemovableHandle]", Handle)
+    pairs = measuring.in_pairs(step, attach, "cpu", 3, "steps")
+    assert seen == [1, 0, 0, 1, 1, 0, 0, 1]
+    assert len(pairs) == 3
+    assert all(hooked > 0.02 > plain for hooked, plain in pairs)
+    found = measuring.of_pairs([(3.0, 2.0), (1.0, 1.0), (4.0, 2.0)])
+    assert (found["median ratio"], found["largest ratio"]) == (1.5, 2.0)
+    assert found["median ms more"] == 1000
+
+
+# The model
+
+
+def test_a_base_model_that_cannot_be_used_is_refused_with_the_reason(
+    toy_model: Path, tmp_path: Path
+) -> None:
+    assert check_base(toy_model, None) == check_base(toy_model, (1e4, 1e5)) == 35_104
+    with pytest.raises(DataError, match=r"has 35,104 parameters.*needs 400,000,000 to 2,000,000,0"):
+        check_base(toy_model, SIZES["full"].parameters)
+    with pytest.raises(UserError, match="is not a folder"):
+        check_base(tmp_path / "none", None)
+    quantised = shutil.copytree(toy_model, tmp_path / "quantised")
+    config = json.loads((quantised / "config.json").read_text())
+    (quantised / "config.json").write_text(json.dumps(config | {"quantization_config": {}}))
+    with pytest.raises(DataError, match="is quantised"):
+        check_base(quantised, None)
+    packed = shutil.copytree(toy_model, tmp_path / "packed")
+    save_file({"weight": torch.zeros(4, dtype=torch.uint8)}, packed / "model.safetensors")
+    with pytest.raises(DataError, match=r"is quantised \(U8\)"):
+        check_base(packed, None)
+    silent = shutil.copytree(toy_model, tmp_path / "silent")
+    (silent / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match="has no chat template"):
+        token_counter(silent)
+
+
 # Scores
+
+
+def test_scores_are_computed_in_float32_whatever_training_left_behind(toy_model: Path) -> None:
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    torch.backends.cudnn.fp32_precision = "tf32"
+    try:
+        found = Scorer(toy_model)
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.backends.cudnn.fp32_precision == "ieee"
+        assert found.model.dtype == torch.float32
+    finally:
+        set_precision()
+
+
+def test_a_model_is_at_no_distance_from_itself_and_at_some_from_another(
+    toy_model: Path, tmp_path: Path
+) -> None:
+    replies = tmp_path / "replies.json"
+    cells.write_replies(toy_model, ["What is 1 + 1?", "Name a colour."], 4, replies)
+    untrained = cells.Untrained(toy_model, replies)
+    assert cells._divergence(toy_model, untrained) == pytest.approx(0, abs=1e-12)
+    other = shutil.copytree(toy_model, tmp_path / "other")
+    model = AutoModelForCausalLM.from_pretrained(toy_model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)
+    model.save_pretrained(other)
+    assert cells._divergence(other, untrained) > 1e-4
 
 
 def chats(count: int) -> list[list[dict[str, str]]]:
@@ -594,6 +920,62 @@ def test_the_command_says_what_is_wrong_with_the_data_in_one_line(
     assert code == 2
     error = capsys.readouterr().err.splitlines()[-2:]
     assert any(f"{tmp_path}/test.jsonl cannot be read" in line for line in error)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "full"], "--size full needs --base-model PATH"),
+        (["--size", "small", "--toy"], "--toy is for --size full"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.parse([*arguments, "--data", "."])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.timeout(900)
+def test_every_kind_of_cell_of_the_full_size_runs_and_one_that_fails_stops_no_other(
+    gsm8k: Path, tmp_path: Path, toy_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = Method("no_such_criterion", 0.5)
+    toy = replace(TOY, sft=replace(TOY.sft, methods=(*TOY.sft.methods, broken)))
+    monkeypatch.setattr(command, "TOY", toy)
+    out = tmp_path / "out"
+    given = ["--base-model", str(toy_model), "--data", str(gsm8k), "--out", str(out)]
+    assert command.main(["--size", "full", "--toy", *given]) == 1
+    rows = tables.read_csv(out / "study.csv")
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert [row["method"] for row in failed] == ["no_such_criterion"]
+    counted = [row for row in rows if row["chosen"] and row["method"] != "base"]
+    assert [(row["task"], row["method"], row["seed"]) for row in counted] == [
+        ("sft", "full", 1),
+        ("sft", "gmt", 1),
+        ("sft", "gmt", 2),
+        ("sft", "lora", 1),
+        ("sft", "full_bf16", 1),
+        ("dpo", "full", 1),
+        ("dpo", "gmt", 1),
+        ("dpo", "gmt", 2),
+    ]
+    for row in counted:
+        pure = row["method"] == "full_bf16"
+        assert row["weights"] == ("bfloat16" if pure else "float32")
+        assert row["autocast"] == "bf16"
+        assert (row["kl"] is not None and cast(float, row["kl"]) > 0) == (row["task"] == "sft")
+    facts = json.loads((out / "study.json").read_text())
+    assert facts["step time"]["median ratio"] > 0
+    assert facts["model"] == sha256((toy_model / "model.safetensors").read_bytes()).hexdigest()
+    assert len(facts["data"]) == 16
+    assert facts["examples"]["sft-test"] == 30  # All of the file.
+    assert "sft no_such_criterion 0.5 has no learning rate" in " ".join(facts["remarks"])
+    log = next(out.glob("cells/sft-no_such_criterion*/log.txt")).read_text()
+    assert "no_such_criterion" in log
+    assert not list(out.glob("cells/*seed10*/model"))
 
 
 @pytest.mark.timeout(900)
