@@ -938,7 +938,7 @@ def test_arguments_that_do_not_go_together_are_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_every_kind_of_cell_of_the_full_size_runs_and_one_that_fails_stops_no_other(
     gsm8k: Path, tmp_path: Path, toy_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -978,7 +978,7 @@ def test_every_kind_of_cell_of_the_full_size_runs_and_one_that_fails_stops_no_ot
     assert not list(out.glob("cells/*seed10*/model"))
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_small_study_trains_and_judges_with_axolotl(
     gsm8k: Path, tmp_path: Path, toy_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

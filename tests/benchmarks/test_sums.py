@@ -317,7 +317,7 @@ def test_the_csv_gives_every_table_and_picture_and_pairs_go_by_seed(
         assert (tmp_path / f"sums-{name}.png").stat().st_size > 5000
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_run_of_each_kind_trains_and_is_judged_with_axolotl(
     tmp_path: Path, toy_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
