@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -220,6 +221,8 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str | None:
     """The commit of the code, with ``-dirty`` if files were changed; None outside git."""
+    if shutil.which("git") is None:
+        return None
     described = ["git", "describe", "--always", "--abbrev=12", "--dirty"]
     found = subprocess.run(
         described, cwd=Path(__file__).parent, capture_output=True, text=True, check=False

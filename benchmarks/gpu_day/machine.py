@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from benchmarks import measuring
-from benchmarks.gpu_day.children import ROOT
 from benchmarks.gpu_day.record import Machine
 
 _PACKAGES = ("axolotl", "axolotl-gmt", "trl", "accelerate", "deepspeed")
@@ -29,7 +28,7 @@ def machine() -> Machine:
         cores=facts["cores"],
         memory_gib=facts["memory_gib"],
         versions=measuring.versions() | _versions(),
-        commit=_output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"),
+        commit=measuring.commit(),
     )
 
 

@@ -133,6 +133,15 @@ def test_an_interrupted_study_goes_on_with_what_is_missing(study: Study) -> None
     assert third.labels == []
 
 
+def test_a_second_batch_of_arms_finds_full_s_models_of_the_first(study: Study) -> None:
+    study.run(PretendRunner(study, best=0))
+    more = Study(study.out, [*study.arms, ARMS[3]])
+    runner = PretendRunner(more, best=0)
+    more.run(runner)
+    assert len(runner.labels) == 4 * 2 + 10
+    assert all(label.startswith("GMT-0.9-") for label in runner.labels)
+
+
 # The measures
 
 

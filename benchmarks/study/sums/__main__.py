@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import subprocess
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from axolotl_gmt.tools import quickstart
 from benchmarks.study.cell import PRELOAD, CellFolder
-from benchmarks.study.data import digest, write_jsonl, write_text
+from benchmarks.study.data import digest, sha256, write_jsonl, write_text
 from benchmarks.study.grid import short_hash
 from benchmarks.study.running import Job, Runner, forkserver
 from benchmarks.study.sums import analysis, design, work
@@ -39,14 +38,13 @@ class Study:
         commit: Of the code, goes into results.
     """
 
-    def __init__(self, out: Path, arms: Sequence[Arm] = ARMS, commit: str = "") -> None:
+    def __init__(self, out: Path, arms: Sequence[Arm] = ARMS, commit: str | None = None) -> None:
         self.out = out.resolve()
         self.arms = arms
         self.commit = commit
         self.quickstart = quickstart.Folder(self.out / "quickstart")
         self.base = self.quickstart.base_model
         self.files = work.Files(self.out / "data")
-        self.chosen: dict[Arm, int] = {}
         self._hashes: dict[str, str] = {}
 
     def prepare(self, runner: Runner) -> None:
@@ -73,7 +71,7 @@ class Study:
             log = self.out / "base.txt"
             runner.run([Job("untrained model", work.judge_base, given, self.base_result, log)])
         self._hashes = {
-            "model": _sha256(self.base / "model.safetensors"),
+            "model": sha256([self.base / "model.safetensors"]),
             "data": digest(sorted(self.files.folder.glob("*.json*"))),
         }
 
@@ -98,16 +96,17 @@ class Study:
             runner.run([self._job(run) for run in left])
             if runner.failed:
                 return
-        self.chosen = {arm: design.best(self._losses(arm)) for arm in self.arms}
-        first = [arm for arm in self.arms if arm == FULL]
-        others = [arm for arm in self.arms if arm != FULL]
+        counted = [run for arm in self.arms for run in self.counted(arm)]
         # Seed by seed, so that an interrupted study has whole pairs.
-        ordered = [self._chosen(arm, seed) for arm in first for seed in design.SEEDS]
-        ordered += [self._chosen(arm, seed) for seed in design.SEEDS for arm in others]
+        ordered = sorted(counted, key=lambda run: (run.arm != FULL, run.seed))
         runner.run([self._job(run) for run in ordered if not self.folder(run).trained.is_file()])
 
-    def _chosen(self, arm: Arm, seed: int) -> Run:
-        return Run(arm, self.chosen[arm], seed)
+    def counted(self, arm: Arm) -> list[Run]:
+        """An arm's runs at the learning rate that tuning chose; none before it is tuned."""
+        if not all(self.folder(run).trained.is_file() for run in self._tuning(arm)):
+            return []
+        exponent = design.best(self._losses(arm))
+        return [Run(arm, exponent, seed) for seed in design.SEEDS]
 
     def _tuning(self, arm: Arm) -> list[Run]:
         """The tuning runs that are known to be needed so far."""
@@ -147,45 +146,30 @@ class Study:
         }
         write_text(folder.recipe, yaml.safe_dump(recipe, sort_keys=False))
         compared = run.is_counted and run.arm != FULL
+        full = {other.seed: self.folder(other).model for other in self.counted(FULL)}
         arguments = {
             "folder": folder,
             "base": self.base,
             "files": self.files,
             "splits": ["tuning", "test"] if run.is_counted else ["tuning"],
-            "full": self.folder(self._chosen(FULL, run.seed)).model if compared else None,
+            "full": full[run.seed] if compared else None,
             "facts": {"commit": self.commit, **self._hashes},
         }
         return Job(run.label, work.run, arguments, folder.trained, folder.log)
 
     def tidy(self) -> None:
         """Remove the models of runs that are judged, but those of full that others refer to."""
+        kept = {self.folder(run).path for run in self.counted(FULL)}
         for folder in (self.out / "runs").glob("*"):
-            cell = CellFolder(folder)
-            kept = (
-                {self.folder(self._chosen(FULL, seed)).path for seed in design.SEEDS}
-                if (FULL in self.chosen)
-                else set()
-            )
-            if cell.trained.is_file() and folder not in kept:
-                work.forget(cell.model)
+            if CellFolder(folder).trained.is_file() and folder not in kept:
+                shutil.rmtree(CellFolder(folder).model, ignore_errors=True)
 
     def results(self) -> list[tuple[Run, dict[str, Any]]]:
         """Every run that is done, with what it found."""
         runs: list[Run] = [run for arm in self.arms for run in self._tuning(arm)]
-        runs += [self._chosen(arm, seed) for arm in self.chosen for seed in design.SEEDS]
+        runs += [run for arm in self.arms for run in self.counted(arm)]
         files = [(run, self.folder(run).trained) for run in runs]
         return [(run, json.loads(file.read_text())) for run, file in files if file.is_file()]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _commit() -> str:
-    """The commit of the code, with ``-dirty`` if the code differs from it."""
-    described = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=12", "--dirty"]
-    return subprocess.run(described, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
@@ -202,7 +186,9 @@ def main(arguments: Iterable[str] | None = None) -> int:
     os.environ |= {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     arms = [arm for arm in ARMS if arm.is_primary or not options.primary]
-    study = Study(options.out, arms, _commit())
+    from benchmarks.measuring import commit
+
+    study = Study(options.out, arms, commit())
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_REMARKS) as progress:
         task = progress.add_task("Runs", total=None)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +104,3 @@ def judge_folder(model: Path, base: Path, files: Files, splits: list[str]) -> di
 def judge_base(base: Path, files: Files, result: Path) -> None:
     """Write the scores of the untrained model."""
     write_text(result, json.dumps(judge_folder(base, base, files, ["tuning", "test"])) + "\n")
-
-
-def forget(model: Path) -> None:
-    """Remove a model that is judged."""
-    shutil.rmtree(model, ignore_errors=True)
