@@ -80,6 +80,14 @@ class Attributes(_Lenient):
 
     Empty unless modules are logged. Needed since the JSON log is sorted by name.
     """
+    model_name: str | None = None
+    """Name of the model on the hub, or of its folder."""
+    data_names: list[str] = []
+    """Names of the data sets, as far as the callback was told them."""
+    began: str | None = None
+    """When training began first, in ISO 8601."""
+    config_file: Annotated[str, Field(max_length=100_000)] = ""
+    """Text of the file that the run was configured by, if the callback was told it."""
     loss_before: float | None = None
     """Loss on the held-out text before training, if it is measured; a resumed run goes on with it.
     """

@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -72,6 +73,11 @@ class GMTCallback(TrainerCallback):
     Needed only if masks stay (``mask_interval``) and the checkpoint is neither in the output folder
     nor what ``TrainingArguments`` have: a trainer does not tell its callbacks.
     """
+
+    data: Sequence[str] = ()
+    """Names of the data sets, for the report. A trainer does not tell its callbacks."""
+    config_file: str = ""
+    """Text of the file that the run is configured by, for the report."""
 
     def __init__(
         self,
@@ -154,11 +160,16 @@ class GMTCallback(TrainerCallback):
             self._masker.load_state_dict(self._load_masks(args, state))
         tensors = [shape(tensor) for _, tensor in self._masker.masked_parameters(optimizer)]
         *_, base_optimizer = nested(optimizer)
-        self._begin_to_measure(args, state, model, processing_class)
+        before = RunState.read(vars(state)).record.attributes  # Of the run that is resumed.
+        self._begin_to_measure(args, state, model, processing_class, before)
         attributes = Attributes(
             base_optimizer=type(base_optimizer).__name__,
             masked_parameters=sum(size.numel() for size in tensors),
             module_order=_module_order(model) if self.config.log_modules else [],
+            model_name=_model_name(model),
+            data_names=list(self.data),
+            began=before.began or datetime.now(UTC).isoformat(timespec="seconds"),
+            config_file=self.config_file,
             loss_before=self._forgetting.loss_before if self._forgetting else None,
             held_out_digest=self.held_out_text.digest if self.held_out_text else None,
         )
@@ -251,6 +262,7 @@ class GMTCallback(TrainerCallback):
         state: TrainerState,
         model: torch.nn.Module,
         processing_class: object,
+        before: Attributes,
     ) -> None:
         """Measure the loss on the held-out text, or take that of the run that is resumed.
 
@@ -267,7 +279,6 @@ class GMTCallback(TrainerCallback):
                 f"forgetting: {text.name} cannot be read without a tokenizer. Give it to the "
                 "trainer as processing_class."
             )
-        before = RunState.read(vars(state)).record.attributes
         is_same_text = before.held_out_digest == text.digest
         windows = text.windows(tokenizer, longest_window(model))
         self._forgetting = Forgetting(
@@ -387,6 +398,12 @@ def _show_trackers(settings: GMTConfig, model: torch.nn.Module) -> Callable[[], 
             vars(config).pop(key, None)
 
     return take_back
+
+
+def _model_name(model: torch.nn.Module) -> str | None:
+    """What the model was loaded as; of a folder, its name alone, which says nothing of the disk."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return (Path(name).name if Path(name).is_absolute() else name) if name else None
 
 
 def _module_order(model: torch.nn.Module) -> list[str]:

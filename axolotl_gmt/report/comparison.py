@@ -182,7 +182,7 @@ def _results(logs: Sequence[TrainingLog]) -> Iterator[Column]:
             ]
             yield Column(label, cells, lowest=_lowest(values if key == "eval_loss" else []))
     if any(log.train_runtime is not None for log in logs):
-        yield Column("Run time", [_time(log.train_runtime) for log in logs])
+        yield Column("Run time", [log.duration or _NONE for log in logs])
 
 
 def _lowest(values: Sequence[float | None]) -> frozenset[int]:
@@ -211,10 +211,3 @@ def _share(value: float | None) -> str:
 
 def _amount(value: int | None) -> str:
     return _NONE if value is None else f"{value:,}"
-
-
-def _time(seconds: float | None) -> str:
-    if seconds is None:
-        return _NONE
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60:,}:{minutes % 60:02}:{rest:02}"

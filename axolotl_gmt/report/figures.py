@@ -6,7 +6,9 @@ Knows matplotlib, and nothing of where the numbers come from.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -305,9 +307,7 @@ def _moving_mean(values: np.ndarray, window: int, at: np.ndarray) -> np.ndarray:
     return np.array([part.mean() if part.size else np.nan for part in finite])
 
 
-def render_figure(
-    draw: Callable[[Figure], None], width: float, height: float, dark: bool = False
-) -> bytes:
+def render_figure(draw: Callable[[Figure], None], width: float, height: float) -> bytes:
     """A picture as the bytes of a PNG file, the same on every machine with this matplotlib.
 
     Neither the user's own style nor pyplot's figures are touched, so it is safe in a training.
@@ -316,16 +316,52 @@ def render_figure(
         draw: Draws on the empty figure that it is given; its layout is constrained.
         width: Inches, at ``DPI`` pixels each.
         height: Inches.
-        dark: Whether it is for a dark page.
     """
-    text, page = ("#e6e8eb", "#15181c") if dark else ("#1c2024", "#ffffff")
+    return _saved(draw, width, height, "#1c2024", "#ffffff", "png", {"Software": None})
+
+
+def render_svg(draw: Callable[[Figure], None], width: float, height: float, name: str) -> str:
+    """What stands inside the ``<svg>`` of a picture on a page, which has 72 units to the inch.
+
+    It takes the page's colours, so that it does for a light and for a dark one: ``currentColor``
+    for lines and text, ``var(--page)`` for the ground.
+
+    Args:
+        draw: As of :func:`render_figure`.
+        width: Inches.
+        height: Inches.
+        name: Of no other picture on the page; ids are made of it.
+    """
+    text, page = "#010203", "#fdfeff"  # Nothing else has these colours.
+    nothing = dict.fromkeys(("Format", "Type", "Creator", "Date"))
+    # Text stays text: it is found, selected, and small.
+    settings = {"svg.hashsalt": name, "svg.fonttype": "none"}
+    file = _saved(draw, width, height, text, page, "svg", nothing, settings).decode()
+    inner = file[file.index("<svg") : file.rindex("</svg>")].partition(">")[2]
+    inner = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", inner, flags=re.DOTALL)
+    inner = re.sub(r'<g id="[^"]*"', "<g", inner)  # They are the same in each picture.
+    return inner.replace(text, "currentColor").replace(page, "var(--page)").strip()
+
+
+def _saved(
+    draw: Callable[[Figure], None],
+    width: float,
+    height: float,
+    text: str,
+    page: str,
+    file_format: str,
+    metadata: Mapping[str, str | None],
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> bytes:
+    """The file of a picture whose lines and text have one colour, on a ground of another."""
     colours = {f"{key}.color": text for key in ("text", "xtick", "ytick")}
     colours |= {f"axes.{key}": text for key in ("labelcolor", "edgecolor", "titlecolor")}
     colours |= {f"{key}.facecolor": page for key in ("figure", "axes")}
-    settings = {"font.size": 10, "text.parse_math": False, **colours}
-    with style.context(["default", settings]):
+    with style.context(
+        ["default", {"font.size": 10, "text.parse_math": False, **colours, **settings}]
+    ):
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
         file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+        figure.savefig(file, format=file_format, dpi=DPI, metadata=dict(metadata))
     return file.getvalue()

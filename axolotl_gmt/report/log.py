@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeGuard
 
@@ -49,11 +50,14 @@ CURVES = (
 )
 
 _RUNTIME = "train_runtime"
+_TOKENS_PER_SECOND = "train_tokens_per_second"  # Of Transformers, once, at the end.
+_TRAINED_TOKENS_PER_SECOND = "tokens/train_per_sec_per_gpu"  # Of Axolotl, in each log.
+_OF_SPEED = (_RUNTIME, _TOKENS_PER_SECOND, _TRAINED_TOKENS_PER_SECOND)
 _OF_MODULE = tuple(f"{key}/" for key in STATISTICS)
 _COLUMNS = 120  # More steps than this are averaged, so that a heat map's cells can be seen.
 _LONGEST_NAME = 500
 _MOST_LAYERS = 1000
-_LONGEST_RUN = 1e9  # Seconds, which is thirty years.
+_LARGEST_SPEED = 1e9  # Seconds, which is thirty years, or tokens in one.
 _LARGEST = 1e30  # A larger number is as good as infinite, and would overflow when drawn.
 
 Floats = NDArray[np.float64]
@@ -161,6 +165,14 @@ class TrainingLog:
         train_batch_size: Examples in a batch of one process.
         train_runtime: Seconds that the training took, once it has ended; those since it was last
             resumed if it was.
+        tokens_per_second: Of all processes over the whole training, padding included, if the
+            trainer counted them.
+        trained_tokens_per_second: Tokens that bear on the loss, of each process; mean over logs, if
+            the trainer counted them.
+        model: Name of the model.
+        data: Names of the data sets.
+        began: When training began first.
+        config_file: Text of the file that the run was configured by.
         curves: What was logged, by its key in the log.
         modules: Statistics of each module, by the key of the statistic, if they were logged.
     """
@@ -174,6 +186,12 @@ class TrainingLog:
     epoch: float | None = None
     train_batch_size: int | None = None
     train_runtime: float | None = None
+    tokens_per_second: float | None = None
+    trained_tokens_per_second: float | None = None
+    model: str | None = None
+    data: list[str] = field(default_factory=list)
+    began: datetime | None = None
+    config_file: str = ""
     curves: dict[str, Curve] = field(default_factory=dict)
     modules: dict[str, Modules] = field(default_factory=dict)
 
@@ -195,6 +213,14 @@ class TrainingLog:
         """The settings as an Axolotl config spells them; empty if there are none."""
         keys = {f"gmt_{name}": value for name, value in self.settings.items()}
         return yaml.safe_dump(keys, sort_keys=False, width=math.inf) if keys else ""
+
+    @property
+    def duration(self) -> str | None:
+        """Hours, minutes and seconds that the training took."""
+        if self.train_runtime is None:
+            return None
+        minutes, seconds = divmod(round(self.train_runtime), 60)
+        return f"{minutes // 60:,}:{minutes % 60:02}:{seconds:02}"
 
     def mean(self, key: str) -> float | None:
         """Mean of what was logged; None if nothing but NaN and infinity was."""
@@ -229,6 +255,11 @@ class TrainingLog:
             "epoch": self.epoch,
             "train_batch_size": self.train_batch_size,
             "train_runtime": self.train_runtime,
+            "tokens_per_second": self.tokens_per_second,
+            "trained_tokens_per_second": self.trained_tokens_per_second,
+            "model": self.model,
+            "data": self.data,
+            "began": self.began and self.began.isoformat(),
             "highest_learning_rate": self.highest("learning_rate"),
             "final_loss": self.last("loss"),
             "final_eval_loss": self.last("eval_loss"),
@@ -335,7 +366,13 @@ def parse_state(state: object, name: str) -> TrainingLog:
         max_steps=run.max_steps,
         epoch=run.epoch,
         train_batch_size=run.train_batch_size,
-        train_runtime=_runtime(logged),
+        train_runtime=_last_not_negative(logged, _RUNTIME),
+        tokens_per_second=_last_not_negative(logged, _TOKENS_PER_SECOND),
+        trained_tokens_per_second=_mean(logged, _TRAINED_TOKENS_PER_SECOND),
+        model=None if attributes.model_name is None else printable(attributes.model_name),
+        data=[printable(name) for name in attributes.data_names],
+        began=_time(attributes.began),
+        config_file="".join(c for c in attributes.config_file if c.isprintable() or c in "\n\t"),
         curves=curves,
         modules={key: value for key, value in modules.items() if value is not None},
     )
@@ -381,7 +418,7 @@ def _read_history(history: Iterable[object]) -> dict[str, Curve]:
         if not _is_number(step) or not 0 <= step < 2**53 or step != int(step):
             continue
         for key, value in entry.items():
-            is_read = key in CURVES or key == _RUNTIME or key.startswith(_OF_MODULE)
+            is_read = key in CURVES or key in _OF_SPEED or key.startswith(_OF_MODULE)
             if is_read and _is_number(value):
                 steps, values = points[key]
                 steps.append(int(step))
@@ -389,9 +426,23 @@ def _read_history(history: Iterable[object]) -> dict[str, Curve]:
     return {key: _curve(*lists) for key, lists in points.items()}
 
 
-def _runtime(logged: Mapping[str, Curve]) -> float | None:
-    seconds = float(logged[_RUNTIME].values[-1]) if _RUNTIME in logged else math.nan
-    return seconds if 0 <= seconds < _LONGEST_RUN else None  # As NaN is not.
+def _last_not_negative(logged: Mapping[str, Curve], key: str) -> float | None:
+    value = float(logged[key].values[-1]) if key in logged else math.nan
+    return value if 0 <= value < _LARGEST_SPEED else None  # As NaN is not.
+
+
+def _mean(logged: Mapping[str, Curve], key: str) -> float | None:
+    finite = logged[key].finite if key in logged else np.array([])
+    mean = float(finite.mean()) if finite.size else math.nan
+    return mean if 0 <= mean < _LARGEST_SPEED else None
+
+
+def _time(text: str | None) -> datetime | None:
+    try:
+        time = datetime.fromisoformat(text or "")
+        return time.astimezone(UTC)
+    except (ValueError, OverflowError, OSError):  # As a year that no calendar has.
+        return None
 
 
 def _curve(steps: Sequence[int], values: Sequence[float]) -> Curve:

@@ -5,7 +5,6 @@ Knows what a training log says, not where it comes from.
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,26 +62,28 @@ class Picture:
     draw: Callable[[Axes], None]
     is_map: bool = False
 
+    @property
+    def name(self) -> str:
+        """What to call it in a link."""
+        return self.file.removesuffix(".png")
+
+    def on_figure(self, figure: Figure) -> None:
+        """Draw it as the only thing on ``figure``."""
+        self.draw(figure.subplots())
+
 
 class Drawn(NamedTuple):
-    """A picture and its two PNG files, for a light and for a dark page."""
+    """A picture of a page."""
 
     picture: Picture
-    light: bytes
-    dark: bytes
+    svg: str
+    """What stands inside its ``<svg>``."""
 
     @classmethod
     def of(cls, picture: Picture) -> Self:
         """Draw ``picture``."""
-
-        def draw(figure: Figure) -> None:
-            picture.draw(figure.subplots())
-
-        light, dark = (
-            figures.render_figure(draw, picture.width, picture.height, dark)
-            for dark in (False, True)
-        )
-        return cls(picture, light, dark)
+        draw, size = picture.on_figure, (picture.width, picture.height)
+        return cls(picture, figures.render_svg(draw, *size, picture.name))
 
 
 Track = Callable[[list[Picture]], Iterable[Picture]]
@@ -120,14 +121,20 @@ def facts(log: TrainingLog) -> list[tuple[str, str]]:
     """What the run was and what came out, as labels and values to print."""
     ratio, step = log.mask_ratio, _amount(log.step)
     texts = {
+        "Model": log.model,
+        "Data": ", ".join(log.data) or None,
+        "Began": log.began and f"{log.began:%Y-%m-%d %H:%M} UTC",
         "Gradient-Mask Tuning": None if log.has_gmt else "not in the log",
         "Mask ratio": None if ratio is None else f"{ratio:.4g} (kept {1 - ratio:.4g})",
         "Granularity": log.settings.get("granularity"),
         "Criterion": log.settings.get("criterion"),
         "Base optimizer": log.base_optimizer,
         "Parameters under the mask": _amount(log.masked_parameters),
+        "Run time": log.duration,
         "Optimizer steps": f"{step} of {log.max_steps:,}" if step and log.max_steps else step,
         "Epochs": None if log.epoch is None else f"{log.epoch:.4g}",
+        "Tokens a second": _rate(log.tokens_per_second),
+        "Trained tokens a second, per device, mean": _rate(log.trained_tokens_per_second),
     }
     for label, key, number, spec in (
         ("Final loss", "loss", log.last, ".4g"),
@@ -149,6 +156,10 @@ def facts(log: TrainingLog) -> list[tuple[str, str]]:
 
 def _amount(number: int | None) -> str | None:
     return None if number is None else f"{number:,}"
+
+
+def _rate(number: float | None) -> str | None:
+    return None if number is None else f"{number:,.4g}" if number < 1000 else f"{number:,.0f}"
 
 
 def pictures(log: TrainingLog) -> list[Picture]:
@@ -330,8 +341,12 @@ def _short(name: str) -> str:
 
 def _render(log: TrainingLog, track: Track) -> dict[str, bytes]:
     """The report's files by their names."""
-    drawn = [Drawn.of(picture) for picture in track(pictures(log))]
-    return {PAGE: _page(log, drawn).encode()} | {each.picture.file: each.light for each in drawn}
+    drawn, files = [], {}
+    for picture in track(pictures(log)):
+        drawn.append(Drawn.of(picture))
+        size = (picture.width, picture.height)
+        files[picture.file] = figures.render_figure(picture.on_figure, *size)
+    return {PAGE: _page(log, drawn).encode()} | files
 
 
 def _page(log: TrainingLog, drawn: Sequence[Drawn]) -> str:
@@ -349,6 +364,7 @@ def _page(log: TrainingLog, drawn: Sequence[Drawn]) -> str:
         means=means.values(),
         kinds=dict.fromkeys(kind for of_kinds in means.values() for kind in of_kinds),
         settings=log.settings_yaml,
+        config_file=log.config_file,
     )
 
 
@@ -361,7 +377,6 @@ def render(template: str, **values: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     return environment.get_template(template).render(values)
 
 

@@ -201,6 +201,8 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(
     resumed = run_axolotl(config, resume_from_checkpoint=str(checkpoint))
     assert len(resumed.gradients) == 2
     assert_same_weights(whole, resumed)
+    began = [read_log(run.output / "trainer_state.json").began for run in (whole, resumed)]
+    assert began[0] == began[1] is not None
 
 
 def test_a_resumed_run_goes_on_with_its_mask(
@@ -578,6 +580,13 @@ def test_a_run_leaves_a_report_and_a_section_in_its_model_card(
     assert log.masked_parameters == sum(
         g.numel() for n, g in run.gradients[0].items() if "norm" not in n
     )
+    assert log.model == Path(config["base_model"]).name
+    assert log.data == [Path(config["datasets"][0]["path"]).name]
+    assert log.began is not None
+    assert log.train_runtime is not None
+    assert yaml.safe_load(log.config_file)["gmt_mask_ratio"] == 0.75
+    if method == "sft":  # For preferences Axolotl counts no tokens.
+        assert log.trained_tokens_per_second is not None
     # A checkpoint alone tells the same of the settings.
     assert read_log(find_state(run.output / "checkpoint-3")).settings == log.settings
 

@@ -358,6 +358,9 @@ def test_a_run_without_any_checkpoint_leaves_its_report(toy_model: Path, tmp_pat
     log = read_log(find_state(tmp_path / "out"))
     assert log.mask_ratio == 0.9
     assert log.base_optimizer == "AdamW"
+    assert log.model == toy_model.name
+    assert log.began is not None
+    assert (log.data, log.config_file) == ([], "")
     assert log.masked_parameters == sum(p.numel() for p in trainer.model.parameters())
     kept = [entry["gmt/kept_fraction"] for entry in trainer.state.log_history if "loss" in entry]
     assert log.curves["gmt/kept_fraction"].values.tolist() == kept

@@ -15,6 +15,7 @@ from axolotl.utils.logging import get_logger
 from transformers import Trainer, TrainerCallback
 
 from axolotl_gmt.integrations.axolotl.args import GMTArgs, read_config
+from axolotl_gmt.integrations.axolotl.description import config_text, data_names
 from axolotl_gmt.integrations.axolotl.model_card import add_section
 from axolotl_gmt.integrations.axolotl.raw_config import (
     NAME,
@@ -91,6 +92,8 @@ class GMTPlugin(BasePlugin):
         if not cfg.get("gmt_enabled"):
             return []
         callback = GMTCallback(read_config(cfg), forgetting=cfg.get("gmt_forgetting") or False)
+        callback.data = data_names(cfg)
+        callback.config_file = config_text(cfg)
         if isinstance(cfg.get("resume_from_checkpoint"), str):
             callback.resume_from = cfg["resume_from_checkpoint"]
         return [callback] if cfg.get("gmt_report") is False else [callback, GMTReportCallback()]
