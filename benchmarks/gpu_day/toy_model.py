@@ -10,10 +10,14 @@ _CHAT_TEMPLATE = (
 )
 
 
-def write_toy_model(folder: Path, hidden: int) -> None:
+def write_toy_model(folder: Path, hidden: int, tied: bool = True) -> None:
     """Write a Llama of two layers that is ``hidden`` wide, in fp32, and its tokenizer.
 
-    Its embeddings are tied, so that every row of them has a gradient in every step.
+    Args:
+        folder: Made if it is missing.
+        hidden: A multiple of 8.
+        tied: Whether its embeddings are also its head, so that each row of them has a gradient in
+            every step.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -43,7 +47,7 @@ def write_toy_model(folder: Path, hidden: int) -> None:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=512,
-            tie_word_embeddings=True,
+            tie_word_embeddings=tied,
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=1,
