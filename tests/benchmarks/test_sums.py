@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -318,12 +319,35 @@ def test_the_csv_gives_every_table_and_picture_and_pairs_go_by_seed(
     assert "| untrained | - | 0.0% | 0.250 | 0 |" in arms
     assert "| random 0.5 | +20.0 [+20.0, +20.0] |" in secondary
     assert "| GMT 0.5 | 70.0% | 60.0% | 70.0% |" in seeds
-    assert "| GMT 0.5 | **0.025** | 0.050 |" in tuning
+    assert "| GMT 0.5 | **0.025** (0.025, 0.025) | 0.050 (0.050, 0.050) |" in tuning
     before = (tmp_path / "sums-problems.csv.gz").read_bytes()
     analysis.write(made_up(study), base, tmp_path, tmp_path)
     assert (tmp_path / "sums-problems.csv.gz").read_bytes() == before
     for name in ("differences", "curves", "tuning"):
         assert (tmp_path / f"sums-{name}.png").stat().st_size > 5000
+
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "sums.csv"
+
+
+def test_the_page_s_tables_and_numbers_are_those_of_the_csv() -> None:
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Sums")[2].partition("\n## ")[0]
+    text = section
+    tables = analysis.tables(analysis.read(RESULTS))
+    for table in tables:
+        assert table in section
+        text = text.replace(table, "")
+    # Whatever is said between the tables stands in one of them, or was decided before the runs.
+    plan = (ROOT / "benchmarks" / "study" / "PLAN.md").read_text(encoding="utf-8")
+    known = {*_numbers("\n".join(tables)), *_numbers(plan)}
+    assert {*_numbers(text)} - known == set()
+
+
+def _numbers(text: str) -> list[str]:
+    """The numbers with a decimal point in a text, without their signs."""
+    return re.findall(r"\d[\d,]*\.\d+", text)
 
 
 @pytest.mark.timeout(1800)

@@ -254,32 +254,35 @@ def seeds_table(rows: Sequence[Row]) -> str:
     return markdown(lines)
 
 
-def tuning_means(rows: Sequence[Row], arm: str) -> dict[float, float]:
-    """Mean tuning loss of an arm over the tuning seeds, by learning rate."""
+def tuning_losses(rows: Sequence[Row], arm: str) -> dict[float, list[float]]:
+    """Tuning loss of an arm with each tuning seed, by learning rate."""
     found: dict[float, list[float]] = {}
     for row in rows:
         if row["arm"] == arm and row["stage"] == "tuning":
             found.setdefault(row["learning_rate"], []).append(row["tuning_loss"])
-    return {lr: sum(losses) / len(losses) for lr, losses in sorted(found.items())}
+    return dict(sorted(found.items()))
+
+
+def tuning_means(rows: Sequence[Row], arm: str) -> dict[float, float]:
+    """Mean tuning loss of an arm over the tuning seeds, by learning rate."""
+    found = tuning_losses(rows, arm)
+    return {lr: sum(losses) / len(losses) for lr, losses in found.items()}
 
 
 def tuning_table(rows: Sequence[Row]) -> str:
-    """Mean tuning loss for each arm and learning rate."""
-    means = {arm.name: tuning_means(rows, arm.name) for arm in ARMS}
-    rates = sorted({lr for found in means.values() for lr in found})
+    """Mean tuning loss for each arm and learning rate, and that with each seed."""
+    rates = sorted({lr for arm in ARMS for lr in tuning_losses(rows, arm.name)})
     lines = [["tuning loss, learning rate", *(f"{lr:g}" for lr in rates)]]
-    for arm, found in means.items():
-        if found:
-            chosen = min(found, key=found.__getitem__)
-            cells = [
-                ""
-                if lr not in found
-                else f"**{found[lr]:.3f}**"
-                if lr == chosen
-                else f"{found[lr]:.3f}"
-                for lr in rates
-            ]
-            lines.append([arm, *cells])
+    for arm in ARMS:
+        means = tuning_means(rows, arm.name)
+        if means:
+            chosen = min(means, key=means.__getitem__)
+            texts = {lr: f"**{m:.3f}**" if lr == chosen else f"{m:.3f}" for lr, m in means.items()}
+            cells = {
+                lr: f"{texts[lr]} ({', '.join(f'{loss:.3f}' for loss in losses)})"
+                for lr, losses in tuning_losses(rows, arm.name).items()
+            }
+            lines.append([arm.name, *(cells.get(lr, "") for lr in rates)])
     return markdown(lines)
 
 
