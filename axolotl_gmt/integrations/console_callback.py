@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from axolotl_gmt.record import STATISTICS
 
-_PRINTERS = (PrinterCallback, ProgressCallback)
+# By name, since the last one is TRL's, which need not be installed.
+_PRINTERS = {"PrinterCallback", "ProgressCallback", "RichProgressCallback"}
 _OF_MODULES = tuple(f"{statistic}/" for statistic in STATISTICS)
 
 
@@ -49,6 +43,10 @@ class ShortConsoleCallback(TrainerCallback):
         if any(isinstance(callback, cls) for callback in callbacks):
             return
         start = callbacks.index(behind) + 1
-        printers = [callback for callback in callbacks[start:] if isinstance(callback, _PRINTERS)]
+        printers = [callback for callback in callbacks[start:] if _is_printer(callback)]
         rest = [callback for callback in callbacks[start:] if callback not in printers]
         callbacks[start:] = [*rest, cls(), *printers]
+
+
+def _is_printer(callback: TrainerCallback) -> bool:
+    return any(base.__name__ in _PRINTERS for base in type(callback).__mro__)

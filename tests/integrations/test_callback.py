@@ -15,12 +15,15 @@ from datasets import Dataset, load_dataset
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
+from trl import RichProgressCallback
 
 from axolotl_gmt import GMTCallback, GMTConfig, GMTReportCallback
 from axolotl_gmt.report.log import find_state, read_log
@@ -226,19 +229,21 @@ def test_tensorboard_has_the_settings(toy_model: Path, tmp_path: Path) -> None:
     assert json.loads(text.tensor_proto.string_val[0])["gmt_mask_ratio"] == 0.7
 
 
-@pytest.mark.parametrize("disable_tqdm", [False, True])
+@pytest.mark.parametrize("printer", [ProgressCallback, PrinterCallback])
 @pytest.mark.parametrize("is_added_later", [False, True])
 def test_modules_reach_trackers_and_the_history_but_not_the_console(
     toy_model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    disable_tqdm: bool,
+    printer: type[TrainerCallback],
     is_added_later: bool,
 ) -> None:
     first, last = Tracker(), Tracker()
     gmt = GMTCallback(log_modules=True)
     given = (first,) if is_added_later else (first, gmt)
-    trainer = plain_trainer(toy_model, tmp_path, *given, disable_tqdm=disable_tqdm)
+    trainer = plain_trainer(toy_model, tmp_path, *given, disable_tqdm=True)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(printer)
     if is_added_later:
         trainer.add_callback(gmt)
     trainer.add_callback(last)
@@ -253,6 +258,24 @@ def test_modules_reach_trackers_and_the_history_but_not_the_console(
     printed = "".join(capsys.readouterr())
     assert "gmt/kept_fraction" in printed
     assert "down_proj" not in printed
+
+
+class RichSpy(RichProgressCallback):
+    """Says what it would print, as the display itself shows what a terminal has room for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: set[str] = set()
+
+    def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        self.keys |= logs.keys()
+
+
+def test_trl_s_printer_does_not_print_modules_either(toy_model: Path, tmp_path: Path) -> None:
+    spy = RichSpy()
+    plain_trainer(toy_model, tmp_path, GMTCallback(log_modules=True), spy).train()
+    assert "gmt/kept_fraction" in spy.keys
+    assert not any("down_proj" in key for key in spy.keys)
 
 
 def test_how_masks_change_joins_the_log_of_who_asks(toy_model: Path, tmp_path: Path) -> None:
