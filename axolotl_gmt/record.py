@@ -86,7 +86,7 @@ class Attributes(_Lenient):
     """Names of the data sets, as far as the callback was told them."""
     began: str | None = None
     """When training began first, in ISO 8601."""
-    config_file: Annotated[str, Field(max_length=100_000)] = ""
+    config_text: Annotated[str, Field(max_length=100_000)] = ""
     """Text of the file that the run was configured by, if the callback was told it."""
     loss_before: float | None = None
     """Loss on the held-out text before training, if it is measured; a resumed run goes on with it.

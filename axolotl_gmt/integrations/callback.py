@@ -74,7 +74,7 @@ class GMTCallback(TrainerCallback):
     nor what ``TrainingArguments`` have: a trainer does not tell its callbacks.
     """
 
-    data: Sequence[str] = ()
+    data: str | Sequence[str] = ()
     """Names of the data sets, for the report. A trainer does not tell its callbacks."""
     config_file: str = ""
     """Text of the file that the run is configured by, for the report."""
@@ -167,12 +167,17 @@ class GMTCallback(TrainerCallback):
             masked_parameters=sum(size.numel() for size in tensors),
             module_order=_module_order(model) if self.config.log_modules else [],
             model_name=_model_name(model),
-            data_names=list(self.data),
-            began=before.began or datetime.now(UTC).isoformat(timespec="seconds"),
-            config_file=self.config_file,
+            data_names=[self.data] if isinstance(self.data, str) else list(self.data),
+            began=datetime.now(UTC).isoformat(timespec="seconds"),
+            config_text=self.config_file,
             loss_before=self._forgetting.loss_before if self._forgetting else None,
             held_out_digest=self.held_out_text.digest if self.held_out_text else None,
         )
+        if state.global_step:  # What began earlier is not known of every checkpoint.
+            attributes.began = before.began
+        # A trainer that makes its callbacks anew makes them without what they were told.
+        attributes.data_names = attributes.data_names or before.data_names
+        attributes.config_text = attributes.config_text or before.config_text
         # Joins every trainer_state.json, so that a checkpoint says how it was trained. A callback
         # that is an ExportableState fails to resume a run that began without it.
         settings = self._masker.config.model_dump(mode="json")

@@ -50,7 +50,7 @@ CURVES = (
 )
 
 _RUNTIME = "train_runtime"
-_TOKENS_PER_SECOND = "train_tokens_per_second"  # Of Transformers, once, at the end.
+_TOKENS_PER_SECOND = "train_tokens_per_second"  # Of Transformers, a mean up to each log.
 _TRAINED_TOKENS_PER_SECOND = "tokens/train_per_sec_per_gpu"  # Of Axolotl, in each log.
 _OF_SPEED = (_RUNTIME, _TOKENS_PER_SECOND, _TRAINED_TOKENS_PER_SECOND)
 _OF_MODULE = tuple(f"{key}/" for key in STATISTICS)
@@ -163,16 +163,15 @@ class TrainingLog:
         max_steps: Optimizer steps planned.
         epoch: Epochs made.
         train_batch_size: Examples in a batch of one process.
-        train_runtime: Seconds that the training took, once it has ended; those since it was last
-            resumed if it was.
-        tokens_per_second: Of all processes over the whole training, padding included, if the
-            trainer counted them.
+        train_runtime: Seconds that the training took, once it has ended, or up to its last log if
+            the trainer counts tokens; those since it was last resumed if it was.
+        tokens_per_second: Of all processes over that time, if the trainer counts them.
         trained_tokens_per_second: Tokens that bear on the loss, of each process; mean over logs, if
             the trainer counted them.
         model: Name of the model.
         data: Names of the data sets.
         began: When training began first.
-        config_file: Text of the file that the run was configured by.
+        config_text: Text of the file that the run was configured by.
         curves: What was logged, by its key in the log.
         modules: Statistics of each module, by the key of the statistic, if they were logged.
     """
@@ -191,7 +190,7 @@ class TrainingLog:
     model: str | None = None
     data: list[str] = field(default_factory=list)
     began: datetime | None = None
-    config_file: str = ""
+    config_text: str = ""
     curves: dict[str, Curve] = field(default_factory=dict)
     modules: dict[str, Modules] = field(default_factory=dict)
 
@@ -372,7 +371,7 @@ def parse_state(state: object, name: str) -> TrainingLog:
         model=None if attributes.model_name is None else printable(attributes.model_name),
         data=[printable(name) for name in attributes.data_names],
         began=_time(attributes.began),
-        config_file="".join(c for c in attributes.config_file if c.isprintable() or c in "\n\t"),
+        config_text="".join(c for c in attributes.config_text if c.isprintable() or c in "\n\t"),
         curves=curves,
         modules={key: value for key, value in modules.items() if value is not None},
     )
@@ -440,7 +439,7 @@ def _mean(logged: Mapping[str, Curve], key: str) -> float | None:
 def _time(text: str | None) -> datetime | None:
     try:
         time = datetime.fromisoformat(text or "")
-        return time.astimezone(UTC)
+        return time.astimezone(UTC) if time.tzinfo else None  # Else nobody knows of which zone.
     except (ValueError, OverflowError, OSError):  # As a year that no calendar has.
         return None
 

@@ -364,7 +364,7 @@ def _page(log: TrainingLog, drawn: Sequence[Drawn]) -> str:
         means=means.values(),
         kinds=dict.fromkeys(kind for of_kinds in means.values() for kind in of_kinds),
         settings=log.settings_yaml,
-        config_file=log.config_file,
+        config_text=log.config_text,
     )
 
 

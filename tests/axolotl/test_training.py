@@ -584,7 +584,7 @@ def test_a_run_leaves_a_report_and_a_section_in_its_model_card(
     assert log.data == [Path(config["datasets"][0]["path"]).name]
     assert log.began is not None
     assert log.train_runtime is not None
-    assert yaml.safe_load(log.config_file)["gmt_mask_ratio"] == 0.75
+    assert yaml.safe_load(log.config_text)["gmt_mask_ratio"] == 0.75
     if method == "sft":  # For preferences Axolotl counts no tokens.
         assert log.trained_tokens_per_second is not None
     # A checkpoint alone tells the same of the settings.

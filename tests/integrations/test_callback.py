@@ -383,11 +383,27 @@ def test_a_run_without_any_checkpoint_leaves_its_report(toy_model: Path, tmp_pat
     assert log.base_optimizer == "AdamW"
     assert log.model == toy_model.name
     assert log.began is not None
-    assert (log.data, log.config_file) == ([], "")
+    assert (log.data, log.config_text) == ([], "")
     assert log.masked_parameters == sum(p.numel() for p in trainer.model.parameters())
     kept = [entry["gmt/kept_fraction"] for entry in trainer.state.log_history if "loss" in entry]
     assert log.curves["gmt/kept_fraction"].values.tolist() == kept
     assert (tmp_path / "out" / "gmt_report" / "index.html").is_file()
+
+
+def test_what_a_run_was_told_of_outlasts_its_end(toy_model: Path, tmp_path: Path) -> None:
+    gmt = GMTCallback()
+    gmt.data, gmt.config_file = "org/chats", "base_model: x"
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    plain_trainer(toy_model, tmp_path, gmt, GMTReportCallback(), **saving).train()
+    first = read_log(find_state(tmp_path))
+    assert (first.data, first.config_text) == (["org/chats"], "base_model: x")
+    # The second trainer makes its callback anew, of what the checkpoint has.
+    anew = {**saving, "restore_callback_states_from_checkpoint": True}
+    resumed = plain_trainer(toy_model, tmp_path, GMTCallback(), GMTReportCallback(), **anew)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    last = read_log(find_state(tmp_path))
+    assert (last.data, last.config_text) == (first.data, first.config_text)
+    assert last.began == first.began
 
 
 @pytest.mark.parametrize("broken", ["page.write_report", "log.parse_state"])
@@ -450,3 +466,4 @@ def test_a_run_that_began_without_gmt_resumes_with_it(toy_model: Path, tmp_path:
     assert log.mask_ratio == 0.7
     assert log.curves["loss"].steps.tolist() == [2, 4]
     assert log.curves["gmt/kept_fraction"].steps.tolist() == [4]
+    assert log.began is None  # It is not known.

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 from collections import defaultdict
@@ -130,6 +131,8 @@ class Page(HTMLParser):
         assert len(ids) == len(set(ids))
         within = [link["href"] for link in self.tags["a"] if link["href"].startswith("#")]
         within += [use["xlink:href"] for use in self.tags["use"]]
+        every = [value for tags in self.tags.values() for tag in tags for value in tag.values()]
+        within += [match[1] for value in every for match in re.finditer(r"url\((.*?)\)", value)]
         assert within
         return {*within} <= {*ids} and all(
             reference.startswith(("data:", "#")) for reference in self.references
@@ -417,7 +420,7 @@ def test_the_page_says_of_what_the_run_was_made(tmp_path: Path) -> None:
         "model_name": "org/model",
         "data_names": ["org/chats", "mine.jsonl"],
         "began": "2026-11-28T12:30:00+02:00",
-        "config_file": "base_model: org/model\n# <script>\x1b ",
+        "config_text": "base_model: org/model\n# <script>\x1b ",
     }
     write_state(tmp_path, state)
     found = dict(facts(parse_state(state, "run")))
@@ -435,7 +438,9 @@ def test_the_page_says_of_what_the_run_was_made(tmp_path: Path) -> None:
     assert answer["began"] == "2026-11-28T10:30:00+00:00"
 
 
-@pytest.mark.parametrize("began", ["yesterday", "", "9999-12-31T23:59:59-23:59", "2026-13-01"])
+@pytest.mark.parametrize(
+    "began", ["yesterday", "", "2026-11-28T10:30:00", "9999-12-31T23:59:59-23:59", "2026-13-01"]
+)
 def test_a_time_that_is_none_is_left_out(began: str) -> None:
     state = training_state(1)
     state["stateful_callbacks"]["GMTCallback"]["attributes"]["began"] = began
@@ -443,13 +448,15 @@ def test_a_time_that_is_none_is_left_out(began: str) -> None:
 
 
 def test_a_picture_takes_the_colours_of_its_page() -> None:
-    (picture, *_) = report_module.pictures(parse_state(training_state(2), "run"))
-    svg = report_module.Drawn.of(picture).svg
-    assert "currentColor" in svg
-    assert "var(--page)" in svg
-    for sentinel in ("#010203", "#fdfeff", "<style", "<metadata"):
-        assert sentinel not in svg
-    assert report_module.Drawn.of(picture).svg == svg
+    pictures = report_module.pictures(parse_state(training_state(2, layers=2), "run"))
+    assert {picture.is_map for picture in pictures} == {False, True}
+    for picture in pictures:
+        svg = report_module.Drawn.of(picture).svg
+        assert "currentColor" in svg
+        assert "var(--page)" in svg
+        for sentinel in ("#010203", "#fdfeff", "<style", "<metadata"):
+            assert sentinel not in svg
+        assert report_module.Drawn.of(picture).svg == svg
 
 
 def test_hostile_names_are_only_text(tmp_path: Path) -> None:
@@ -670,7 +677,7 @@ records = st.fixed_dictionaries(
             st.sampled_from(
                 [
                     *("base_optimizer", "masked_parameters"),
-                    *("model_name", "data_names", "began", "config_file"),
+                    *("model_name", "data_names", "began", "config_text"),
                 ]
             ),
             json_values,

@@ -12,8 +12,8 @@ import pytest
 import yaml
 from _pytest.mark import ParameterSet
 
+from axolotl_gmt.tokens import MARK, hide
 from axolotl_gmt.tools.check.sharing import look_over
-from axolotl_gmt.tools.check.tokens import MARK, hide
 
 ROOT = Path(__file__).parents[2]
 ALPHABETS = {

@@ -2,35 +2,58 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from axolotl_gmt.tokens import MARK, hide
+
 _DATA_KEYS = ("datasets", "pretraining_dataset")
-# What follows such a key on its line, be it in a block or in braces.
-_SECRET = re.compile(
-    r"([\w-]*(?:api_key|hub_token|hf_token|auth_token|access_token|password|secret)[\w\"']*\s*:).+",
-    re.IGNORECASE,
-)
+_HIDDEN = "HIDDEN"  # Wherever it stands, the text remains YAML.
 
 
 def data_names(cfg: Mapping[str, Any]) -> list[str]:
-    """The data sets of a config in its order: their ids, or the names of their files."""
-    names = []
-    for key in _DATA_KEYS:
-        entries = cfg.get(key) or []
-        for entry in [entries] if isinstance(entries, str | Mapping) else entries:
-            path = str(entry.get("path", "") if isinstance(entry, Mapping) else entry)
-            # A report is shown to others, whom a disk's folders do not concern.
-            names.append(Path(path).name if Path(path).is_absolute() else path)
-    return [name for name in names if name]
+    """The data sets of a config in its order, each once: their ids, or the names of their files."""
+    found = [entry for key in _DATA_KEYS for entry in _listed(cfg.get(key))]
+    # A report is shown to others, whom neither folders of a disk nor signed URLs concern.
+    names = [
+        hide(Path(path).name if Path(path).is_absolute() else path)[0].replace(MARK, _HIDDEN)
+        for entry in found
+        for path in _paths(entry)
+    ]
+    return list(dict.fromkeys(names))
+
+
+def _listed(value: Any) -> list[Any]:
+    return [value] if isinstance(value, str | Mapping) else list(value or [])
+
+
+def _paths(entry: Any) -> Iterator[str]:
+    """Where a data set comes from: its files if it names them, since its path may be ``json``."""
+    if isinstance(entry, str):
+        yield entry
+    elif isinstance(entry, Mapping):
+        yield from map(str, _listed(entry.get("data_files")) or _listed(entry.get("path")))
 
 
 def config_text(cfg: Mapping[str, Any]) -> str:
-    """The file that Axolotl read, without the values of keys that are secret; empty if unknown."""
+    """The file that Axolotl read, without comments and secrets; empty if unknown."""
     try:
-        text = Path(cfg.get("axolotl_config_path") or "").read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        config = yaml.safe_load(Path(cfg.get("axolotl_config_path") or "").read_text("utf-8"))
+        text = yaml.safe_dump(_without_secrets(config), sort_keys=False, allow_unicode=True)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return ""  # A temporary file may be gone, and no report is worth a training.
-    return _SECRET.sub(r"\1 (left out)", text)
+    return text.replace(MARK, _HIDDEN)
+
+
+def _without_secrets(value: Any, key: str = "") -> Any:
+    if isinstance(value, Mapping):
+        return {hide(str(k))[0]: _without_secrets(item, str(k)) for k, item in value.items()}
+    if isinstance(value, list):
+        return [_without_secrets(item, key) for item in value]
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        hidden, secrets = hide(str(value), key)
+        return hidden if secrets else value
+    return value

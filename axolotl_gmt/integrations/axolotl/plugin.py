@@ -92,11 +92,12 @@ class GMTPlugin(BasePlugin):
         if not cfg.get("gmt_enabled"):
             return []
         callback = GMTCallback(read_config(cfg), forgetting=cfg.get("gmt_forgetting") or False)
-        callback.data = data_names(cfg)
-        callback.config_file = config_text(cfg)
         if isinstance(cfg.get("resume_from_checkpoint"), str):
             callback.resume_from = cfg["resume_from_checkpoint"]
-        return [callback] if cfg.get("gmt_report") is False else [callback, GMTReportCallback()]
+        if cfg.get("gmt_report") is False:
+            return [callback]
+        callback.data, callback.config_file = data_names(cfg), config_text(cfg)
+        return [callback, GMTReportCallback()]
 
     def post_trainer_create(self, cfg: DictDefault, trainer: Trainer) -> None:
         """Put the callback before those that report, and have each model card tell of GMT.

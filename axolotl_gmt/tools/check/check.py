@@ -16,10 +16,10 @@ from axolotl_gmt.errors import UserError
 from axolotl_gmt.integrations.axolotl.args import read_config
 from axolotl_gmt.integrations.axolotl.meta_model import model_on_meta, prepare_model
 from axolotl_gmt.integrations.axolotl.raw_config import looks_like_key
+from axolotl_gmt.tokens import MARK, hide
 from axolotl_gmt.tools.check import sharing, yaml_file
 from axolotl_gmt.tools.check.count import count
 from axolotl_gmt.tools.check.report import Plan, Report
-from axolotl_gmt.tools.check.tokens import MARK, hide
 from axolotl_gmt.tools.check.validation import Validation, validated
 
 # Of a message; those of Axolotl can quote whole values.

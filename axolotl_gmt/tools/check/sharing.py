@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from axolotl_gmt.tools.check.tokens import hide
+from axolotl_gmt.tokens import hide
 
 
 class Shared(NamedTuple):
