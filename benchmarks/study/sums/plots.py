@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from axolotl_gmt.files import whole
 from benchmarks.study.sums.analysis import MARGIN, Row, by_seed, paired, tuning_means
@@ -89,6 +90,9 @@ def _curves(file: Path) -> Figure:
             steps = range(1, len(mean) + 1)
             axis.plot(steps, mean, color=_COLOURS[arm.name], label=arm.name)
     axis.set_yscale("log")
+    for of_ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        of_ticks("{x:g}")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("step")
     axis.set_ylabel("training loss, mean over seeds")
     axis.legend(frameon=False, fontsize=8, ncols=2)
