@@ -281,6 +281,8 @@ def test_tests_are_those_of_the_textbook() -> None:
     found = analysis.Paired((0.01, 0.03, 0.02, 0.02))
     # Mean 0.02, standard error 0.004082: t of 4.899 and, against 0.03, of -2.449; 3 degrees.
     assert found.p == pytest.approx(0.01627, rel=1e-3)
+    half_width = 2.35336 * 0.0040825  # The quantile of t at 95%.
+    assert found.inner_interval == pytest.approx((0.02 - half_width, 0.02 + half_width), rel=1e-3)
     assert found.p_equivalent(0.03) == pytest.approx(0.04587, rel=1e-3)
     assert found.p_equivalent(0.01) > 0.5
 
@@ -315,9 +317,9 @@ def test_the_csv_gives_every_table_and_picture_and_pairs_go_by_seed(
     assert found.values == pytest.approx((0.1, 0.1, 0.1))
     assert analysis.tuning_means(rows, GMT.name) == pytest.approx({1.5e-4: 0.025, 3e-4: 0.05})
     primary, arms, secondary, seeds, tuning = analysis.tables(rows)
-    assert "GMT 0.5 less full | +10.0 [+10.0, +10.0]" in primary
+    assert "GMT 0.5 less full, test sums | +10.0 [+10.0, +10.0] |" in primary
     assert "| untrained | - | 0.0% | 0.250 | 0 |" in arms
-    assert "| random 0.5 | +20.0 [+20.0, +20.0] |" in secondary
+    assert "| random 0.5 less full | +20.0 [+20.0, +20.0] |" in secondary
     assert "| GMT 0.5 | 70.0% | 60.0% | 70.0% |" in seeds
     assert "| GMT 0.5 | **0.025** (0.025, 0.025) | 0.050 (0.050, 0.050) |" in tuning
     before = (tmp_path / "sums-problems.csv.gz").read_bytes()

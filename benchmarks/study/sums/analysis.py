@@ -146,6 +146,12 @@ class Paired:
         """Of a two-sided paired t test."""
         return float(stats.ttest_1samp(self.values, 0).pvalue)
 
+    @property
+    def inner_interval(self) -> tuple[float, float]:
+        """The 90% interval, which lies within a margin if TOST at 5% finds equivalence."""
+        low, high = stats.ttest_1samp(self.values, 0).confidence_interval(0.9)
+        return float(low), float(high)
+
     def p_equivalent(self, margin: float) -> float:
         """Of two one-sided tests (TOST) that the mean lies within ± ``margin``."""
         above = stats.ttest_1samp(self.values, -margin, alternative="greater").pvalue
@@ -173,21 +179,26 @@ PRIMARY = ((GMT.name, FULL.name), (GMT.name, RANDOM.name))
 
 
 def primary_table(rows: Sequence[Row]) -> str:
-    """The two comparisons that PLAN.md announces as primary."""
-    found = [paired(rows, "test_accuracy", *names) for names in PRIMARY]
-    corrected = holm([one.p for one in found])
-    lines = [
-        [
-            f"{arm} less {other}",
-            _points(one.spread),
-            f"{one.p:.2g}",
-            f"{p:.2g}",
-            f"{one.p_equivalent(MARGIN):.2g}",
-        ]
-        for (arm, other), one, p in zip(PRIMARY, found, corrected, strict=True)
-    ]
-    headings = ["difference in right answers", "points [95% interval]", "p", "p, Holm over 2"]
-    return markdown([[*headings, "p that it lies beyond ± 3 points"], *lines])
+    """The two comparisons that PLAN.md announces as primary, and the same on the tuning sums."""
+    lines = []
+    for split in ("test", "tuning"):
+        found = [paired(rows, f"{split}_accuracy", *names) for names in PRIMARY]
+        corrected = holm([one.p for one in found])
+        for (arm, other), one, p in zip(PRIMARY, found, corrected, strict=True):
+            low, high = one.inner_interval
+            lines.append(
+                [
+                    f"{arm} less {other}, {split} sums",
+                    _points(one.spread),
+                    f"[{100 * low:+.1f}, {100 * high:+.1f}]",
+                    f"{one.p:.2g}",
+                    f"{p:.2g}" if split == "test" else "",
+                    f"{one.p_equivalent(MARGIN):.2g}",
+                ]
+            )
+    headings = ["difference in right answers", "points [95% interval]", "[90% interval]"]
+    headings += ["p", "p, Holm over 2", "p, equivalence within ± 3 points (TOST)"]
+    return markdown([headings, *lines])
 
 
 def _points(spread: Spread) -> str:
@@ -224,17 +235,18 @@ def arms_table(rows: Sequence[Row]) -> str:
 
 
 def secondary_table(rows: Sequence[Row]) -> str:
-    """Each arm less full fine-tuning: mean and 95% interval, not corrected."""
-    lines = [["arm less full", "right answers, points", "answer loss", "KL from untrained"]]
-    for arm in ARMS:
-        if arm != FULL and by_seed(rows, arm.name, "test_accuracy"):
+    """Each arm less full fine-tuning, and what is primary: mean and 95% interval, not corrected."""
+    lines = [["difference", "right answers, points", "answer loss", "KL from untrained"]]
+    pairs = dict.fromkeys([*((arm.name, FULL.name) for arm in ARMS if arm != FULL), *PRIMARY])
+    for arm, other in pairs:
+        if by_seed(rows, arm, "test_accuracy"):
             found = {
-                column: paired(rows, column, arm.name, FULL.name).spread
+                column: paired(rows, column, arm, other).spread
                 for column in ("test_accuracy", "test_loss", "kl")
             }
             lines.append(
                 [
-                    arm.name,
+                    f"{arm} less {other}",
                     _points(found["test_accuracy"]),
                     found["test_loss"].interval("+.3f"),
                     found["kl"].interval("+.3f"),
