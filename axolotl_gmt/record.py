@@ -7,6 +7,7 @@ hold what it should reads as if it were missing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -46,6 +47,11 @@ FORGETTING_LOSS = "gmt/forgetting_loss"
 """Keys of the loss on a held-out text, in nats a token: less that before training, and as it is."""
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+def shown_name(path: str) -> str:
+    """A hub id or a relative path as it is; of an absolute one the end, as a disk is private."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 class _Lenient(BaseModel):

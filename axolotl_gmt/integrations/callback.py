@@ -38,7 +38,7 @@ from axolotl_gmt.integrations.forgetting import Forgetting, longest_window
 from axolotl_gmt.integrations.held_out_text import HeldOutText
 from axolotl_gmt.masking.masker import GradientMasker
 from axolotl_gmt.names import kind_name, module_name
-from axolotl_gmt.record import RECORD, Attributes, Record, RunState
+from axolotl_gmt.record import RECORD, Attributes, Record, RunState, shown_name
 
 LOG = logging.getLogger(__name__)
 
@@ -406,9 +406,9 @@ def _show_trackers(settings: GMTConfig, model: torch.nn.Module) -> Callable[[], 
 
 
 def _model_name(model: torch.nn.Module) -> str | None:
-    """What the model was loaded as; of a folder, its name alone, which says nothing of the disk."""
+    """What the model was loaded as, if it tells."""
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return (Path(name).name if Path(name).is_absolute() else name) if name else None
+    return shown_name(name) if name else None
 
 
 def _module_order(model: torch.nn.Module) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from axolotl_gmt.record import shown_name
 from axolotl_gmt.tokens import MARK, hide
 
 _DATA_KEYS = ("datasets", "pretraining_dataset")
@@ -19,7 +20,7 @@ def data_names(cfg: Mapping[str, Any]) -> list[str]:
     found = [entry for key in _DATA_KEYS for entry in _listed(cfg.get(key))]
     # A report is shown to others, whom neither folders of a disk nor signed URLs concern.
     names = [
-        hide(Path(path).name if Path(path).is_absolute() else path)[0].replace(MARK, _HIDDEN)
+        hide(shown_name(path))[0].replace(MARK, _HIDDEN)
         for entry in found
         for path in _paths(entry)
     ]
