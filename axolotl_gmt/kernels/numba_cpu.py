@@ -44,6 +44,7 @@ from axolotl_gmt.kernels.scores import (
 # Entries that a loop takes together; fewer cost more, with more the memory waits.
 _BLOCK = 256
 _SCORED = 512  # where scores are made
+_FEW = 100  # One copy in so many entries, or fewer: most eights of entries have none.
 _SHARES_A_THREAD = 4  # so that a thread which the system holds up does not hold up the others
 _SMALLEST_SHARE = 1 << 16  # entries; a thread for fewer costs more than it saves
 
@@ -136,19 +137,30 @@ def _copy_between(
 ) -> tuple[Any, Any]:
     """Append to ``into[:copied]`` the patterns whose magnitude is from low to below high.
 
-    Every pattern is written, and the next one over it if it does not count, so that no branch has
-    to be guessed. What counts is known before, from a loop that is vectorised.
+    What counts is known before anything is copied, from a loop that is vectorised. If it is little,
+    eight entries of which none counts are passed over together. Else every pattern is written, and
+    the next one over it if it does not count, so that no branch has to be guessed.
 
     Returns:
         How many there are now; and how many of these magnitudes are not below high.
     """
     narrow = patterns.dtype.type
     width = narrow(high - low)
-    higher = np.uint32(0)
+    higher, inside = np.uint32(0), np.uint32(0)
     for index in range(patterns.size):
         magnitude = narrow(patterns[index] & last)
         higher += np.uint32(magnitude >= high)
         flags[index] = narrow(magnitude - low) < width
+        inside += np.uint32(flags[index])
+    done = patterns.size & -8 if inside * _FEW < patterns.size else 0
+    eights = flags[:done].view(np.uint64)
+    for eight in range(eights.size):
+        if eights[eight] != 0:
+            for lane in range(8):
+                place = np.uintp(8 * eight + lane)  # Unsigned, so that no sign is looked at.
+                into[copied] = patterns[place]
+                copied += np.uintp(flags[place])
+    patterns, flags = patterns[done:], flags[done : patterns.size]
     for index in range(patterns.size):
         into[copied] = patterns[index]
         copied += np.uintp(flags[index])

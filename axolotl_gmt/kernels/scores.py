@@ -10,8 +10,8 @@ Knows flat tensors only.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Self
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,21 +65,10 @@ class Scores:
         """What a pass compares: the scores as bit patterns of ``dtype``, without signs."""
         return magnitude_patterns(self.values(start, stop), dtype)
 
-    def sample(self, run: int, stride: int) -> Self:
-        """Scores like these of ``run`` neighbours in every ``stride`` entries, for an estimate."""
-        runs = {
-            name: tensor.unfold(0, min(run, len(tensor)), stride)[: len(tensor) // stride].flatten()
-            for name, tensor in self._tensors().items()
-        }
-        return replace(self, **runs)
-
     def is_aligned(self) -> bool:
         """Whether every item that scores are made of lies at a multiple of its size."""
-        tensors = self._tensors().values()
+        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
         return all(tensor.data_ptr() % tensor.element_size() == 0 for tensor in tensors)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 For non-negative floats the numeric order is the order of their bit patterns, so a histogram over
 patterns and a sum over its bins find the threshold without sorting (Li et al. 2025, T_k). Wider
 types are counted digit by digit, the upper 15 bits first. NaN patterns lie above that of infinity,
-which makes every broken entry win. Nothing here reads a value back from a GPU. On a CPU
-:mod:`~.sampled` is asked first, which takes one pass for all digits.
+which makes every broken entry win. Nothing here reads a value back from a GPU. On a CPU the scores
+that share the first digit of the threshold are few enough to copy, and :mod:`~.picked` takes it
+from these.
 
 Knows no parameters and no trainers, and of ranks only that rows of counts add up.
 """
@@ -22,8 +23,8 @@ from axolotl_gmt.gradients.shard import ProcessGroups, Shard, sum_over_ranks
 from axolotl_gmt.kernels.contract import Batch
 from axolotl_gmt.kernels.dispatch import count_digits
 from axolotl_gmt.kernels.dtypes import FORMATS, Digit, digits
-from axolotl_gmt.kernels.scores import Scores
-from axolotl_gmt.masking.sampled import sampled_thresholds
+from axolotl_gmt.kernels.scores import Hashes, Inverses, Magnitudes, Scores
+from axolotl_gmt.masking.picked import picked_thresholds, uniform_limits
 
 
 def common_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -60,12 +61,16 @@ def find_thresholds(
         group without entries.
     """
     batch = Batch(scores, rows.of_shard, dtype)
-    # One digit is as cheap as copies. Ranks that share a row must all count: none knows whether the
-    # others could copy.
-    if len(digits(dtype)) == 1 or rows.are_shared() or not _may_read_back(scores):
+    # Ranks that share a row must all count: none knows whether the others could copy.
+    if len(_digits(batch)) == 1 or rows.are_shared() or not _may_read_back(scores):
         return _count(batch, rows, mask_ratio)
     n = torch.tensor(_entries(batch, len(rows)), device="cpu")
-    thresholds = sampled_thresholds(batch, n, entries_to_keep(n, mask_ratio))
+    k = entries_to_keep(n, mask_ratio)
+    if all(isinstance(score, Hashes) for score in scores):
+        limits = uniform_limits(n, k, dtype)
+    else:
+        limits = _limits(batch, rows, mask_ratio)
+    thresholds = picked_thresholds(batch, k, *limits)
     missed = [index for index, row in enumerate(batch.rows) if thresholds[row] is None]
     if missed:
         counted = _count(batch.pick(missed), rows, mask_ratio).tolist()
@@ -87,24 +92,69 @@ def _entries(batch: Batch, rows: int) -> list[int]:
     return entries
 
 
+def _digits(batch: Batch) -> list[Digit]:
+    """The digits of the scores, from the top, but for those that are 0 in all of them.
+
+    The bits by which magnitudes, or the reverse of them, are widened are 0. Ranks that count
+    together find the same digits, for a parameter's gradients have the same dtype on all of them.
+    """
+    every = digits(batch.dtype)
+    if not all(isinstance(score, Magnitudes | Inverses) for score in batch.scores):
+        return every
+    of_entries = min(FORMATS[score.entries.dtype].widening for score in batch.scores)
+    widened_by = of_entries - FORMATS[batch.dtype].widening
+    return [digit for digit in every if digit.shift + digit.width > widened_by]
+
+
 def _count(batch: Batch, rows: Rows, mask_ratio: float) -> Tensor:
     """The threshold of each row, digit by digit, from the counts of all ranks and devices."""
-    k: Tensor | None = None
     prefixes: Tensor | None = None
-    for digit in digits(batch.dtype):
-        counts = _count_on_every_device(batch, len(rows), digit, prefixes)
-        # Ranks exchange sums over 2^8 neighbouring bins, then the bins of the winning sum only.
-        fine = counts.view(len(rows), -1, 256)
-        coarse = rows.sum(_sum_neighbours(fine))
-        if k is None:
-            k = entries_to_keep(coarse.sum(-1), mask_ratio)
-        upper, k = _take_bin(coarse, k)
-        index = rows.spread(upper)[:, None, None].expand(-1, 1, 256)
-        lower, k = _take_bin(rows.sum(fine.gather(1, index).squeeze(1).long()), k)
-        value = rows.spread((upper << 8) | lower)
+    k: Tensor | None = None
+    needed = _digits(batch)
+    for digit in needed:
+        value, k = _count_digit(batch, rows, mask_ratio, digit, prefixes, k)
         prefixes = value if prefixes is None else (prefixes << digit.width) | value
     assert prefixes is not None
-    return prefixes.clamp(max=infinity_pattern(batch.dtype))
+    return (prefixes << needed[-1].shift).clamp(max=infinity_pattern(batch.dtype))
+
+
+def _limits(batch: Batch, rows: Rows, mask_ratio: float) -> tuple[Tensor, Tensor]:
+    """The patterns between which the first digit of each row's threshold says that it lies.
+
+    What is broken is not below them, or infinite.
+    """
+    first, infinity = digits(batch.dtype)[0], infinity_pattern(batch.dtype)
+    value, _ = _count_digit(batch, rows, mask_ratio, first)
+    low = (value << first.shift).clamp(max=infinity)
+    return low, (low + (1 << first.shift)).clamp(max=infinity + 1)
+
+
+def _count_digit(
+    batch: Batch,
+    rows: Rows,
+    mask_ratio: float,
+    digit: Digit,
+    prefixes: Tensor | None = None,
+    k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A digit of each row's threshold, and the k of that score among those that share it.
+
+    Args:
+        batch: The scores.
+        rows: Which of them are counted together.
+        mask_ratio: Says k for the first digit.
+        digit: Which one.
+        prefixes: The digits above it, int64 ``(rows,)``.
+        k: Of the score among those with these digits, int64 ``(groups,)``.
+    """
+    counts = _count_on_every_device(batch, len(rows), digit, prefixes)
+    # Ranks exchange sums over 2^8 neighbouring bins, then the bins of the winning sum only.
+    fine = counts.view(len(rows), -1, 256)
+    coarse = rows.sum(_sum_neighbours(fine))
+    upper, k = _take_bin(coarse, entries_to_keep(coarse.sum(-1), mask_ratio) if k is None else k)
+    index = rows.spread(upper)[:, None, None].expand(-1, 1, 256)
+    lower, k = _take_bin(rows.sum(fine.gather(1, index).squeeze(1).long()), k)
+    return rows.spread((upper << 8) | lower), k
 
 
 def _take_bin(counts: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,10 @@ from axolotl_gmt.gradients.shard import Shard
 from axolotl_gmt.kernels import dispatch, eager
 from axolotl_gmt.kernels.contract import TOTALS, Batch
 from axolotl_gmt.kernels.dispatch import mask_below_
-from axolotl_gmt.kernels.scores import Hashes, Magnitudes, Products, Quotients, Scores
-from axolotl_gmt.masking.threshold import Rows, common_dtype, find_thresholds
+from axolotl_gmt.kernels.dtypes import Digit
+from axolotl_gmt.kernels.scores import Hashes, Inverses, Magnitudes, Products, Quotients, Scores
+from axolotl_gmt.masking import threshold
+from axolotl_gmt.masking.threshold import Rows, common_dtype, entries_to_keep, find_thresholds
 from tests.reference.gmt_reference import masked, masked_by_scores
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -62,6 +64,18 @@ def assert_like_reference(gradients: list[Tensor], mask_ratio: float) -> None:
         assert torch.equal(bits(got), bits(want))
     assert totals[:, 0].tolist() == [want.numel() for want in expected]
     assert totals[:, 1].tolist() == [int(want.count_nonzero()) for want in expected]
+
+
+def counted_digits(monkeypatch: pytest.MonkeyPatch) -> list[Digit]:
+    """The digits that are counted from now on, in order."""
+    digits: list[Digit] = []
+
+    def count(batch: Batch, digit: Digit, prefixes: Tensor | None, counts: Tensor) -> None:
+        digits.append(digit)
+        dispatch.count_digits(batch, digit, prefixes, counts)
+
+    monkeypatch.setattr(threshold, "count_digits", count)
+    return digits
 
 
 @st.composite
@@ -217,6 +231,41 @@ def test_scores_that_are_not_near_where_they_should_be_are_still_masked_exactly(
     )
     assert torch.equal(entries, masked_by_scores([before], [values], 0.2)[0])
     assert not torch.equal(entries, before)
+
+
+def test_too_many_ties_to_copy_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = [torch.full((200_000,), 0.5), torch.randn(60_000)]
+    gradients[0][::3] = 0.25
+    digits = counted_digits(monkeypatch)
+    for mask_ratio in (0.1, 0.4, 0.6, 0.9):
+        digits.clear()
+        assert_like_reference(gradients[:1], mask_ratio)
+        assert digits == [Digit(16, 15), Digit(16, 15), Digit(0, 16)]
+        assert_like_reference(gradients, mask_ratio)
+
+
+def test_scores_that_are_few_are_copied_and_not_counted_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    digits = counted_digits(monkeypatch)
+    assert_like_reference([torch.randn(200_000)], 0.5)
+    assert digits == [Digit(16, 15)]
+
+
+@pytest.mark.parametrize("made", [Magnitudes, Inverses])
+def test_bits_by_which_scores_are_widened_are_not_counted(
+    made: type[Scores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = torch.randn(40_000).bfloat16()
+    entries[:2] = torch.tensor([math.nan, math.inf])
+    by_torch = made(entries).patterns(0, len(entries), torch.float32)
+    digits = counted_digits(monkeypatch)
+    for mask_ratio in (0.0, 0.3, 0.99999):
+        digits.clear()
+        found = find_thresholds([made(entries)], rows_of([[entries]]), mask_ratio, torch.float32)
+        k = entries_to_keep(torch.tensor(len(entries)), mask_ratio)
+        assert found.item() == by_torch.sort(descending=True).values[k - 1]
+        assert digits == [Digit(16, 15)]
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
