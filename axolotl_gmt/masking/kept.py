@@ -11,7 +11,7 @@ from torch import Tensor
 from axolotl_gmt.config import GMTConfig
 from axolotl_gmt.gradients.shard import Shard
 from axolotl_gmt.kernels.bits import pack
-from axolotl_gmt.kernels.contract import chunk_size
+from axolotl_gmt.kernels.contract import Batch, chunk_size
 from axolotl_gmt.kernels.scores import Bits, Scores
 
 # The threshold that masks by bits: the pattern of 1, the score of what stays.
@@ -58,19 +58,12 @@ class KeptMasks:
         self._bits[shard.name] = bits
         return Bits(shard.entries, bits)
 
-    def keep(
-        self,
-        shards: Sequence[Shard],
-        scores: Sequence[Scores],
-        rows: Sequence[int],
-        dtype: torch.dtype,
-        thresholds: Tensor,
-    ) -> None:
+    def keep(self, shards: Sequence[Shard], batch: Batch, thresholds: Tensor) -> None:
         """Keep the masks of ``shards``, before they are applied."""
-        for shard, of_shard, row in zip(shards, scores, rows, strict=True):
+        for shard, (scores, row) in zip(shards, batch.pairs(), strict=True):
             if not shard.is_absent:
                 threshold = thresholds[row].to(shard.entries.device)
-                self._bits[shard.name] = _survivors(of_shard, threshold, dtype)
+                self._bits[shard.name] = _survivors(scores, threshold, batch.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`~axolotl_gmt.masking.masker.GradientMasker.state_dict`."""

@@ -288,16 +288,18 @@ class GradientMasker:
             kept.begin_step(step)
             known = [shard for shard in shards if kept.has(shard)]
             shards = [shard for shard in shards if not kept.has(shard)]
-            scores: Sequence[Scores] = [kept.scores(shard) for shard in known]
-            _apply_one(known, scores, KEPT, torch.float32, statistics)
-        for dtype, batch in self._batches(shards, gradients, step):
-            rows = Rows([group for group, _ in batch])
-            of_batch = [shard for group, _ in batch for shard in group]
-            scores = [of_shard for _, of_group in batch for of_shard in of_group]
-            thresholds = find_thresholds(scores, rows, self.config.mask_ratio, dtype)
+            _apply_one(
+                known, [kept.scores(shard) for shard in known], KEPT, torch.float32, statistics
+            )
+        for dtype, groups in self._batches(shards, gradients, step):
+            rows = Rows([group for group, _ in groups])
+            of_batch = [shard for group, _ in groups for shard in group]
+            scores = [of_shard for _, of_group in groups for of_shard in of_group]
+            batch = Batch(scores, rows.of_shard, dtype)
+            thresholds = find_thresholds(batch, rows, self.config.mask_ratio)
             if kept is not None:
-                kept.keep(of_batch, scores, rows.of_shard, dtype, thresholds)
-            _apply(of_batch, scores, rows.of_shard, dtype, thresholds, statistics)
+                kept.keep(of_batch, batch, thresholds)
+            _apply(of_batch, batch, thresholds, statistics)
 
     def _shards_together(
         self, masked: Sequence[tuple[str, Tensor]], gradients: StepGradients
@@ -422,22 +424,16 @@ def _apply_one(
         by_device[shard.entries.device].append(index)
     for device, indices in by_device.items():
         thresholds = torch.full((1,), threshold, dtype=torch.int64, device=device)
-        some = [shards[index] for index in indices]
-        of_some = [scores[index] for index in indices]
-        _apply(some, of_some, [0] * len(some), dtype, thresholds, statistics)
+        batch = Batch([scores[index] for index in indices], [0] * len(indices), dtype)
+        _apply([shards[index] for index in indices], batch, thresholds, statistics)
 
 
 def _apply(
-    shards: Sequence[Shard],
-    scores: Sequence[Scores],
-    rows: Sequence[int],
-    dtype: torch.dtype,
-    thresholds: Tensor,
-    statistics: Statistics,
+    shards: Sequence[Shard], batch: Batch, thresholds: Tensor, statistics: Statistics
 ) -> None:
     """Mask ``shards`` by thresholds of their rows, and add what was kept to ``statistics``."""
     for key in dict.fromkeys((shard.entries.device, shard.ranks) for shard in shards):
         alike = [i for i, s in enumerate(shards) if (s.entries.device, s.ranks) == key]
         totals = torch.zeros(len(alike), TOTALS, dtype=torch.float64, device=key[0])
-        mask_below_(Batch(scores, rows, dtype).pick(alike), thresholds, totals)
+        mask_below_(batch.pick(alike), thresholds, totals)
         statistics.add([shards[i] for i in alike], totals)

@@ -23,7 +23,7 @@ from axolotl_gmt.gradients.shard import ProcessGroups, Shard, sum_over_ranks
 from axolotl_gmt.kernels.contract import Batch
 from axolotl_gmt.kernels.dispatch import count_digits
 from axolotl_gmt.kernels.dtypes import FORMATS, Digit, digits
-from axolotl_gmt.kernels.scores import Hashes, Inverses, Magnitudes, Scores
+from axolotl_gmt.kernels.scores import Hashes, Inverses, Magnitudes
 from axolotl_gmt.masking.picked import picked_thresholds, uniform_limits
 
 
@@ -42,32 +42,28 @@ def entries_to_keep(entries: Tensor, mask_ratio: float) -> Tensor:
     return (entries - (entries.double() * mask_ratio).round().long()).clamp(min=1)
 
 
-def find_thresholds(
-    scores: Sequence[Scores], rows: Rows, mask_ratio: float, dtype: torch.dtype
-) -> Tensor:
+def find_thresholds(batch: Batch, rows: Rows, mask_ratio: float) -> Tensor:
     """T_k of each group: the k-th largest of its n scores, as a bit pattern.
 
     How large k is :func:`entries_to_keep` says. A threshold is at most infinity's pattern, so that
     neither NaN nor infinity can ever fall below it. Entries that lie on other ranks count too.
 
     Args:
-        scores: Those of the tensors of all groups, in the order in which ``rows`` has their shards.
+        batch: The scores of all groups, in the order in which ``rows`` has their shards.
         rows: Which of them are counted together, and what makes them groups.
         mask_ratio: Fraction of a group's entries to mask, in [0, 1).
-        dtype: The dtype in which scores are compared; holds every score exactly.
 
     Returns:
         int64 ``(rows,)`` on the first tensor's device, the same for all rows of a group; 0 for a
         group without entries.
     """
-    batch = Batch(scores, rows.of_shard, dtype)
     # Ranks that share a row must all count: none knows whether the others could copy.
-    if len(_digits(batch)) == 1 or rows.are_shared() or not _may_read_back(scores):
+    if len(_digits(batch)) == 1 or rows.are_shared() or not _may_read_back(batch):
         return _count(batch, rows, mask_ratio)
     n = torch.tensor(_entries(batch, len(rows)), device="cpu")
     k = entries_to_keep(n, mask_ratio)
-    if all(isinstance(score, Hashes) for score in scores):
-        limits = uniform_limits(n, k, dtype)
+    if all(isinstance(score, Hashes) for score in batch.scores):
+        limits = uniform_limits(n, k, batch.dtype)
     else:
         limits = _limits(batch, rows, mask_ratio)
     thresholds = picked_thresholds(batch, k, *limits)
@@ -79,9 +75,9 @@ def find_thresholds(
     return torch.tensor(thresholds, dtype=torch.int64, device="cpu")
 
 
-def _may_read_back(scores: Sequence[Scores]) -> bool:
+def _may_read_back(batch: Batch) -> bool:
     """Whether scores are in host memory, where reading a value waits for nothing."""
-    return all(score.entries.is_cpu for score in scores)
+    return all(score.entries.is_cpu for score in batch.scores)
 
 
 def _entries(batch: Batch, rows: int) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -41,19 +41,31 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(BITS[tensor.dtype.itemsize])
 
 
-def rows_of(groups: list[list[Tensor]]) -> Rows:
-    return Rows([[Shard("", tensor, tensor, ()) for tensor in group] for group in groups])
+def rows_of(groups: Sequence[Sequence[Scores]]) -> Rows:
+    return Rows([[Shard("", s.entries, s.entries, ()) for s in group] for group in groups])
+
+
+def thresholds_of(
+    groups: Sequence[Sequence[Scores]], mask_ratio: float, dtype: torch.dtype
+) -> Tensor:
+    rows = rows_of(groups)
+    scores = [score for group in groups for score in group]
+    return find_thresholds(Batch(scores, rows.of_shard, dtype), rows, mask_ratio)
+
+
+def mask(scores: Sequence[Scores], mask_ratio: float, dtype: torch.dtype) -> Tensor:
+    """Mask what competes for one threshold; the totals."""
+    thresholds = thresholds_of([scores], mask_ratio, dtype)
+    totals = torch.zeros(len(scores), TOTALS, dtype=torch.float64)
+    mask_below_(Batch(scores, [0] * len(scores), dtype), thresholds, totals)
+    return totals
 
 
 def fast(gradients: list[Tensor], mask_ratio: float) -> tuple[list[Tensor], Tensor]:
     """What :mod:`axolotl_gmt.masking.threshold` makes of one group, and its totals."""
     entries = [gradient.clone() for gradient in gradients]
     dtype = common_dtype([gradient.dtype for gradient in gradients])
-    rows = rows_of([entries])
-    scores = [Magnitudes(tensor) for tensor in entries]
-    thresholds = find_thresholds(scores, rows, mask_ratio, dtype)
-    totals = torch.zeros(len(entries), TOTALS, dtype=torch.float64)
-    mask_below_(Batch(scores, rows.of_shard, dtype), thresholds, totals)
+    totals = mask([Magnitudes(tensor) for tensor in entries], mask_ratio, dtype)
     return entries, totals
 
 
@@ -136,8 +148,7 @@ def test_tensors_of_several_chunks(dtype: torch.dtype, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_groups_do_not_see_each_other(dtype: torch.dtype) -> None:
     groups = [torch.arange(1, 101).to(dtype), torch.arange(1, 101).to(dtype) * 64]
-    scores = [Magnitudes(group) for group in groups]
-    thresholds = find_thresholds(scores, rows_of([[group] for group in groups]), 0.5, dtype)
+    thresholds = thresholds_of([[Magnitudes(group)] for group in groups], 0.5, dtype)
     values = thresholds.to(BITS[dtype.itemsize]).view(dtype)
     assert values.tolist() == [51, 51 * 64]
 
@@ -168,9 +179,7 @@ def test_denormals_are_told_apart_even_if_the_cpu_flushes_them() -> None:
 
 
 def test_an_empty_group_has_threshold_zero() -> None:
-    nothing = [torch.empty(0)]
-    scores = [Magnitudes(nothing[0])]
-    assert find_thresholds(scores, rows_of([nothing]), 0.5, torch.float32).tolist() == [0]
+    assert thresholds_of([[Magnitudes(torch.empty(0))]], 0.5, torch.float32).tolist() == [0]
 
 
 @st.composite
@@ -195,10 +204,7 @@ def test_scores_of_any_kinds_are_masked_like_the_reference(
 ) -> None:
     before = [score.entries.clone() for score in scores]
     values = [score.values(0, len(score.entries)).clone() for score in scores]
-    rows = rows_of([[score.entries for score in scores]])
-    thresholds = find_thresholds(scores, rows, mask_ratio, torch.float32)
-    totals = torch.zeros(len(scores), TOTALS, dtype=torch.float64)
-    mask_below_(Batch(scores, rows.of_shard, torch.float32), thresholds, totals)
+    mask(scores, mask_ratio, torch.float32)
     for score, expected in zip(scores, masked_by_scores(before, values, mask_ratio), strict=True):
         assert torch.equal(bits(score.entries), bits(expected))
 
@@ -211,10 +217,7 @@ def test_hashes_of_large_tensors_are_masked_like_the_reference(
     scores = [Hashes(torch.randn(size), 77, 1000 * size) for size in sizes]
     before = [score.entries.clone() for score in scores]
     values = [score.values(0, len(score.entries)).clone() for score in scores]
-    rows = rows_of([[score.entries for score in scores]])
-    thresholds = find_thresholds(scores, rows, mask_ratio, torch.float32)
-    totals = torch.zeros(len(scores), TOTALS, dtype=torch.float64)
-    mask_below_(Batch(scores, rows.of_shard, torch.float32), thresholds, totals)
+    mask(scores, mask_ratio, torch.float32)
     for score, expected in zip(scores, masked_by_scores(before, values, mask_ratio), strict=True):
         assert torch.equal(score.entries, expected)
 
@@ -222,13 +225,9 @@ def test_hashes_of_large_tensors_are_masked_like_the_reference(
 def test_scores_that_are_not_near_where_they_should_be_are_still_masked_exactly() -> None:
     entries = torch.full((100_000,), math.inf)
     entries[:30_000] = 1.0  # Of these alone the scores are uniform; all others win.
-    scores = [Hashes(entries, 3, 0)]
-    before, values = entries.clone(), scores[0].values(0, len(entries)).clone()
-    rows = rows_of([[entries]])
-    thresholds = find_thresholds(scores, rows, 0.2, torch.float32)
-    mask_below_(
-        Batch(scores, [0], torch.float32), thresholds, torch.zeros(1, TOTALS, dtype=torch.float64)
-    )
+    scores = Hashes(entries, 3, 0)
+    before, values = entries.clone(), scores.values(0, len(entries)).clone()
+    mask([scores], 0.2, torch.float32)
     assert torch.equal(entries, masked_by_scores([before], [values], 0.2)[0])
     assert not torch.equal(entries, before)
 
@@ -262,7 +261,7 @@ def test_bits_by_which_scores_are_widened_are_not_counted(
     digits = counted_digits(monkeypatch)
     for mask_ratio in (0.0, 0.3, 0.99999):
         digits.clear()
-        found = find_thresholds([made(entries)], rows_of([[entries]]), mask_ratio, torch.float32)
+        found = thresholds_of([[made(entries)]], mask_ratio, torch.float32)
         k = entries_to_keep(torch.tensor(len(entries)), mask_ratio)
         assert found.item() == by_torch.sort(descending=True).values[k - 1]
         assert digits == [Digit(16, 15)]
