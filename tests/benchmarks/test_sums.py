@@ -60,6 +60,12 @@ def test_arms_differ_in_nothing_but_gmt_s_settings() -> None:
     assert [arm.name for arm in ARMS if arm.is_primary] == ["full", "GMT 0.5", "random 0.5"]
 
 
+@pytest.mark.parametrize(("arm", "control"), analysis.CONTROLS)
+def test_an_arm_and_its_control_differ_in_one_setting(arm: str, control: str) -> None:
+    mine, its = ({a.name: a for a in ARMS}[name].settings for name in (arm, control))
+    assert len([key for key in mine | its if mine.get(key) != its.get(key)]) == 1
+
+
 def test_an_optimum_at_the_edge_asks_for_the_rate_beyond() -> None:
     losses = {0: [0.5, 0.7], 1: [0.4, 0.6], 2: [0.5, 0.6]}
     assert (design.best(losses), design.beyond(losses)) == (1, None)

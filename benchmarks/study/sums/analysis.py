@@ -176,6 +176,13 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 PRIMARY = ((GMT.name, FULL.name), (GMT.name, RANDOM.name))
+# Of the second batch: what differs in one setting.
+CONTROLS = (
+    ("GMT 0.9", "random 0.9"),
+    ("fixed_random 0.9", "random 0.9"),
+    ("GMT 0.9 hold", "GMT 0.9"),
+    ("smallest 0.5", RANDOM.name),
+)
 
 
 def primary_table(rows: Sequence[Row]) -> str:
@@ -235,11 +242,11 @@ def arms_table(rows: Sequence[Row]) -> str:
 
 
 def secondary_table(rows: Sequence[Row]) -> str:
-    """Each arm less full fine-tuning, and what is primary: mean and 95% interval, not corrected."""
+    """Each arm less full fine-tuning and less its control: mean, 95% interval, not corrected."""
     lines = [["difference", "right answers, points", "answer loss", "KL from untrained"]]
-    pairs = dict.fromkeys([*((arm.name, FULL.name) for arm in ARMS if arm != FULL), *PRIMARY])
-    for arm, other in pairs:
-        if by_seed(rows, arm, "test_accuracy"):
+    from_full = [(arm.name, FULL.name) for arm in ARMS if arm != FULL]
+    for arm, other in dict.fromkeys([*from_full, *PRIMARY, *CONTROLS]):
+        if by_seed(rows, arm, "test_accuracy") and by_seed(rows, other, "test_accuracy"):
             found = {
                 column: paired(rows, column, arm, other).spread
                 for column in ("test_accuracy", "test_loss", "kl")
