@@ -20,7 +20,7 @@ TOTALS = 6
 
 
 class Batch(NamedTuple):
-    """Scores that a pass takes together, all on one device.
+    """Scores that are compared with each other; those that a pass takes are all on one device.
 
     Attributes:
         scores: Those of one tensor each.

@@ -30,7 +30,8 @@ _COMPILED = {
     "cpu": ("axolotl_gmt.kernels.numba_cpu", "Numba"),
     "cuda": ("axolotl_gmt.kernels.triton_gpu", "Triton"),
 }
-_failed: dict[str, Exception] = {}
+# What failed: the passes of a device for a kind of scores, or all of them (None).
+_failed: dict[tuple[str, Kind | None], Exception] = {}
 
 
 def count_digits(batch: Batch, digit: Digit, prefixes: Tensor | None, counts: Tensor) -> None:
@@ -70,7 +71,7 @@ def passes(device: str, kind: Kind) -> tuple[str, Exception | None]:
         there was one.
     """
     if _backend(device, kind) is eager:
-        return "torch", _failed.get(device)
+        return "torch", _failed.get((device, kind)) or _failed.get((device, None))
     return _COMPILED[device][1], None
 
 
@@ -93,8 +94,7 @@ def _compiled(device: str) -> CompiledBackend | None:
     try:
         return cast(CompiledBackend, import_module(_COMPILED[device][0]))
     except Exception as error:  # A package that is broken raises anything as it is imported.
-        _failed[device] = error
-        _warn(device, error)
+        _note(device, None, error)
         return None
 
 
@@ -102,15 +102,14 @@ def _compiled(device: str) -> CompiledBackend | None:
 def _backend(device: str, kind: Kind) -> Backend:
     """The compiled passes for a kind of scores, if they do as torch's do; else torch operations."""
     compiled = _compiled(device)
-    if compiled is None or device in _failed or not compiled.supports(kind):
+    if compiled is None or (device, None) in _failed or not compiled.supports(kind):
         return cast(Backend, eager)
     from axolotl_gmt.kernels.self_check import compile_and_check
 
     try:
         compile_and_check(compiled, torch.device(device), kind)
     except Exception as error:
-        _failed[device] = error
-        _warn(device, error)
+        _note(device, kind, error)
         return cast(Backend, eager)
     return compiled
 
@@ -120,6 +119,14 @@ def forget_backends() -> None:
     _failed.clear()
     _compiled.cache_clear()
     _backend.cache_clear()
+
+
+def _note(device: str, kind: Kind | None, error: Exception) -> None:
+    """Remember that passes cannot be used, and warn unless others of the device could not be."""
+    is_first = device not in {of_device for of_device, _ in _failed}
+    _failed[device, kind] = error
+    if is_first:
+        _warn(device, error)
 
 
 def _warn(device: str, error: Exception) -> None:

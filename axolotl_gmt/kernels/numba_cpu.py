@@ -44,7 +44,7 @@ from axolotl_gmt.kernels.scores import (
 # Entries that a loop takes together; fewer cost more, with more the memory waits.
 _BLOCK = 256
 _SCORED = 512  # where scores are made
-_FEW = 100  # One copy in so many entries, or fewer: most eights of entries have none.
+_RARE = 100  # Fewer copies than one in so many entries: most eights of entries have none.
 _SHARES_A_THREAD = 4  # so that a thread which the system holds up does not hold up the others
 _SMALLEST_SHARE = 1 << 16  # entries; a thread for fewer costs more than it saves
 
@@ -152,7 +152,7 @@ def _copy_between(
         higher += np.uint32(magnitude >= high)
         flags[index] = narrow(magnitude - low) < width
         inside += np.uint32(flags[index])
-    done = patterns.size & -8 if inside * _FEW < patterns.size else 0
+    done = patterns.size & -8 if inside * _RARE < patterns.size else 0
     eights = flags[:done].view(np.uint64)
     for eight in range(eights.size):
         if eights[eight] != 0:

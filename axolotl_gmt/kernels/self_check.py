@@ -115,11 +115,12 @@ def _results(
             backend.count_digits(batch, digit, prefixes, counts)
             yield "count of {} differs", counts
         if copies:
-            high = thresholds + (FORMATS[batch.dtype].infinity >> 11)
-            above = torch.zeros_like(thresholds)
-            for copy in cast(CPUBackend, backend).copy_between(batch, thresholds, high, above):
-                yield "copies of {} differ", copy
-            yield "count of high {} differs", above
+            for bits in (11, 15):  # Limits that have many scores between them, and few.
+                high = thresholds + (FORMATS[batch.dtype].infinity >> bits)
+                above = torch.zeros_like(thresholds)
+                for copy in cast(CPUBackend, backend).copy_between(batch, thresholds, high, above):
+                    yield "copies of {} differ", copy
+                yield "count of high {} differs", above
     totals = new(len(batch.scores), TOTALS, dtype=torch.float64)
     backend.mask_below_(batch, thresholds, totals)
     for scores in batch.scores:

@@ -29,8 +29,8 @@ def picked_thresholds(batch: Batch, k: Tensor, low: Tensor, high: Tensor) -> lis
         high: int64 ``(rows,)``, patterns.
 
     Returns:
-        A threshold for each row. None if it is below low, or not below high, or if too many scores
-        are not.
+        A threshold for each row. None if it does not lie from low to below high, or if too many
+        scores do.
     """
     above = torch.zeros_like(k)
     copies: list[list[Tensor | None]] = [[] for _ in range(len(k))]
@@ -59,7 +59,7 @@ def uniform_limits(n: Tensor, k: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
         dtype: The dtype of the scores.
     """
     n = n.clamp(min=1)
-    below = 1 - k / n
+    below = 1 - k.double() / n
     margin = _DEVIATIONS * (below * (1 - below) / n).sqrt() + 2 / n
     low, high = (below - margin).clamp(0, 1), (below + margin).clamp(0, 1)
     return magnitude_patterns(low, dtype).long(), magnitude_patterns(high, dtype).long() + 1

@@ -3,9 +3,9 @@
 For non-negative floats the numeric order is the order of their bit patterns, so a histogram over
 patterns and a sum over its bins find the threshold without sorting (Li et al. 2025, T_k). Wider
 types are counted digit by digit, the upper 15 bits first. NaN patterns lie above that of infinity,
-which makes every broken entry win. Nothing here reads a value back from a GPU. On a CPU the scores
-that share the first digit of the threshold are few enough to copy, and :mod:`~.picked` takes it
-from these.
+which makes every broken entry win. Nothing here reads a value back from a GPU. On a CPU, where
+no ranks share a row, the scores that share the threshold's first digit are mostly few enough to
+copy, and :mod:`~.picked` takes it from these.
 
 Knows no parameters and no trainers, and of ranks only that rows of counts add up.
 """
@@ -58,18 +58,24 @@ def find_thresholds(batch: Batch, rows: Rows, mask_ratio: float) -> Tensor:
         group without entries.
     """
     # Ranks that share a row must all count: none knows whether the others could copy.
-    if len(_digits(batch)) == 1 or rows.are_shared() or not _may_read_back(batch):
+    if len(_digits(batch, rows)) == 1 or rows.are_shared() or not _may_read_back(batch):
         return _count(batch, rows, mask_ratio)
     n = torch.tensor(_entries(batch, len(rows)), device="cpu")
     k = entries_to_keep(n, mask_ratio)
+    value: Tensor | None = None
+    nth: Tensor | None = None
     if all(isinstance(score, Hashes) for score in batch.scores):
-        limits = uniform_limits(n, k, batch.dtype)
+        low, high = uniform_limits(n, k, batch.dtype)
     else:
-        limits = _limits(batch, rows, mask_ratio)
-    thresholds = picked_thresholds(batch, k, *limits)
+        first, infinity = digits(batch.dtype)[0], infinity_pattern(batch.dtype)
+        value, nth = _count_digit(batch, rows, mask_ratio, first)
+        # Of what is broken only infinity lies between limits. A threshold that is NaN lies above.
+        low = (value << first.shift).clamp(max=infinity)
+        high = (low + (1 << first.shift)).clamp(max=infinity + 1)
+    thresholds = picked_thresholds(batch, k, low, high)
     missed = [index for index, row in enumerate(batch.rows) if thresholds[row] is None]
     if missed:
-        counted = _count(batch.pick(missed), rows, mask_ratio).tolist()
+        counted = _count(batch.pick(missed), rows, mask_ratio, value, nth).tolist()
         both = zip(thresholds, counted, strict=True)
         thresholds = [of_count if known is None else known for known, of_count in both]
     return torch.tensor(thresholds, dtype=torch.int64, device="cpu")
@@ -88,41 +94,43 @@ def _entries(batch: Batch, rows: int) -> list[int]:
     return entries
 
 
-def _digits(batch: Batch) -> list[Digit]:
+def _digits(batch: Batch, rows: Rows) -> list[Digit]:
     """The digits of the scores, from the top, but for those that are 0 in all of them.
 
-    The bits by which magnitudes, or the reverse of them, are widened are 0. Ranks that count
-    together find the same digits, for a parameter's gradients have the same dtype on all of them.
+    The bits by which magnitudes, or the reverse of them, are widened are 0, as of bf16 that is
+    compared as fp32. Ranks that count together take all digits, for one may have another dtype.
     """
     every = digits(batch.dtype)
-    if not all(isinstance(score, Magnitudes | Inverses) for score in batch.scores):
+    are_widened = all(type(score) in (Magnitudes, Inverses) for score in batch.scores)
+    if rows.are_shared() or not are_widened:
         return every
     of_entries = min(FORMATS[score.entries.dtype].widening for score in batch.scores)
     widened_by = of_entries - FORMATS[batch.dtype].widening
     return [digit for digit in every if digit.shift + digit.width > widened_by]
 
 
-def _count(batch: Batch, rows: Rows, mask_ratio: float) -> Tensor:
-    """The threshold of each row, digit by digit, from the counts of all ranks and devices."""
-    prefixes: Tensor | None = None
-    k: Tensor | None = None
-    needed = _digits(batch)
-    for digit in needed:
+def _count(
+    batch: Batch,
+    rows: Rows,
+    mask_ratio: float,
+    prefixes: Tensor | None = None,
+    k: Tensor | None = None,
+) -> Tensor:
+    """The threshold of each row, digit by digit, from the counts of all ranks and devices.
+
+    Args:
+        batch: The scores.
+        rows: Which of them are counted together.
+        mask_ratio: Fraction of a group's entries to mask.
+        prefixes: The first digit, if it has been counted, int64 ``(rows,)``.
+        k: Then that of the threshold among the scores with this digit, int64 ``(groups,)``.
+    """
+    needed = _digits(batch, rows)
+    for digit in needed[0 if prefixes is None else 1 :]:
         value, k = _count_digit(batch, rows, mask_ratio, digit, prefixes, k)
         prefixes = value if prefixes is None else (prefixes << digit.width) | value
     assert prefixes is not None
     return (prefixes << needed[-1].shift).clamp(max=infinity_pattern(batch.dtype))
-
-
-def _limits(batch: Batch, rows: Rows, mask_ratio: float) -> tuple[Tensor, Tensor]:
-    """The patterns between which the first digit of each row's threshold says that it lies.
-
-    What is broken is not below them, or infinite.
-    """
-    first, infinity = digits(batch.dtype)[0], infinity_pattern(batch.dtype)
-    value, _ = _count_digit(batch, rows, mask_ratio, first)
-    low = (value << first.shift).clamp(max=infinity)
-    return low, (low + (1 << first.shift)).clamp(max=infinity + 1)
 
 
 def _count_digit(

@@ -608,7 +608,7 @@ def hashes_that_one_rank_cannot_make_change_nothing() -> None:
             weights["layers.1.weight"].grad = None
         elif case == "no Numba" and rank == 1:
             dispatch.forget_backends()
-            dispatch._failed["cpu"] = RuntimeError("for this test")
+            dispatch._failed["cpu", None] = RuntimeError("for this test")
         gradients: dict[str, Tensor] = {}
         for name, weight in weights.items():
             if case != "absent" or name != "layers.1.weight":

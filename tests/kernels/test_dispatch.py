@@ -346,6 +346,27 @@ def test_without_compiled_passes_torch_gives_the_same_mask_and_one_warning(
     assert "Numba cannot be used" in caplog.text
 
 
+@pytest.mark.usefixtures("afresh")
+def test_a_kind_of_scores_that_does_not_compile_leaves_the_others_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count_digits = numba_cpu.count_digits
+
+    def fail_for_hashes(batch: Batch, *arguments: Any) -> None:
+        if isinstance(batch.scores[0], Hashes):
+            raise RuntimeError("no such instruction")
+        count_digits(batch, *arguments)
+
+    monkeypatch.setattr(numba_cpu, "count_digits", fail_for_hashes)
+    hashes, magnitudes = (
+        kind(torch.float32)
+        for kind in (Hashes(torch.ones(8), 5, 7).kind, Magnitudes(torch.ones(8)).kind)
+    )
+    name, error = dispatch.passes("cpu", hashes)
+    assert (name, str(error)) == ("torch", "no such instruction")
+    assert dispatch.passes("cpu", magnitudes) == ("Numba", None)
+
+
 def test_kernels_are_imported_when_they_are_needed_and_not_before() -> None:
     code = (
         "import sys, axolotl_gmt.masking.threshold\n"
@@ -413,18 +434,21 @@ def test_what_lies_between_two_patterns_is_copied_if_it_is_little(
     scores = scores_of_every_kind()[kind]
     patterns = scores.patterns(0, len(scores.entries), torch.float32)
     ordered = patterns.sort().values.long()
-    batch = Batch([scores, scores, first_of(scores)], [0, 1, 0], torch.float32)
-    limits = torch.stack([ordered[[150_000, 160_000]], ordered[[50_000, 160_000]]]).T
-    low, high = limits.contiguous()
-    above = torch.zeros(2, dtype=torch.int64)
-    few, many, one = dispatch.copy_between(batch, low, high, above)
+    batch = Batch([scores, scores, first_of(scores), scores], [0, 1, 0, 2], torch.float32)
+    places = torch.tensor([[150_000, 50_000, 150_000], [160_000, 160_000, 150_600]])
+    low, high = ordered[places]
+    above = torch.zeros(3, dtype=torch.int64)
+    few, many, one, hardly_any = dispatch.copy_between(batch, low, high, above)
     assert few is not None
     assert torch.equal(few, patterns[(patterns >= low[0]) & (patterns < high[0])])
     assert many is None
     assert 0 < len(few) <= most_copies(300_000)
     is_one_above = int(patterns[0] >= high[0])
     assert one is not None
-    assert above.tolist() == [int((patterns >= high[0]).sum()) + is_one_above, 0]
+    assert hardly_any is not None
+    assert torch.equal(hardly_any, patterns[(patterns >= low[2]) & (patterns < high[2])])
+    is_above = [int((patterns >= limit).sum()) for limit in high]
+    assert above.tolist() == [is_above[0] + is_one_above, 0, is_above[2]]
 
 
 @pytest.mark.usefixtures("afresh")

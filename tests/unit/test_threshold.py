@@ -239,8 +239,26 @@ def test_too_many_ties_to_copy_are_counted(monkeypatch: pytest.MonkeyPatch) -> N
     for mask_ratio in (0.1, 0.4, 0.6, 0.9):
         digits.clear()
         assert_like_reference(gradients[:1], mask_ratio)
-        assert digits == [Digit(16, 15), Digit(16, 15), Digit(0, 16)]
+        assert digits == [Digit(16, 15), Digit(0, 16)]
         assert_like_reference(gradients, mask_ratio)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_groups_that_must_be_counted_and_others_are_told_apart(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    some, more, most = (
+        torch.randn(size, generator=generator).to(dtype) for size in (30_000, 700, 90_000)
+    )
+    ties = torch.full((200_000,), 0.5, dtype=dtype)
+    broken = torch.full((50,), math.nan, dtype=dtype)
+    groups = [[some], [ties, more], [torch.empty(0, dtype=dtype)], [broken], [most]]
+    found = thresholds_of([[Magnitudes(t) for t in group] for group in groups], 0.3, dtype)
+    for group, of_group in zip(groups, found.tolist(), strict=True):
+        entries = torch.cat(group)
+        k = entries_to_keep(torch.tensor(len(entries)), 0.3)
+        infinity = bits(torch.tensor(math.inf, dtype=dtype))
+        ordered = bits(entries.abs()).sort(descending=True).values.clamp(max=infinity)
+        assert of_group == (ordered[k - 1] if len(entries) else 0)
 
 
 def test_scores_that_are_few_are_copied_and_not_counted_again(
