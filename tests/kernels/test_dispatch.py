@@ -358,10 +358,8 @@ def test_a_kind_of_scores_that_does_not_compile_leaves_the_others_compiled(
         count_digits(batch, *arguments)
 
     monkeypatch.setattr(numba_cpu, "count_digits", fail_for_hashes)
-    hashes, magnitudes = (
-        kind(torch.float32)
-        for kind in (Hashes(torch.ones(8), 5, 7).kind, Magnitudes(torch.ones(8)).kind)
-    )
+    hashes = Hashes(torch.ones(8), 5, 7).kind(torch.float32)
+    magnitudes = Magnitudes(torch.ones(8)).kind(torch.float32)
     name, error = dispatch.passes("cpu", hashes)
     assert (name, str(error)) == ("torch", "no such instruction")
     assert dispatch.passes("cpu", magnitudes) == ("Numba", None)
