@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Container, Mapping
+from typing import Any, NamedTuple
 
 # Stands for a secret in a config while that is checked, so that no message can quote the secret.
 # It is a valid regular expression, as a value of gmt_include must be, and a word without meaning.
@@ -167,6 +168,52 @@ def hide(text: str, key: str = "", comment: bool = False) -> tuple[str, list[Sec
         secrets.append(Secret(kind, text))
         hidden = MARK
     return hidden, secrets
+
+
+class Found(NamedTuple):
+    """A value of a config, or the name of a key, that holds secrets.
+
+    Attributes:
+        path: Where it stands, such as ``datasets[0].path``.
+        secrets: What they are, one at least.
+    """
+
+    path: str
+    secrets: list[Secret]
+
+
+class Hidden(NamedTuple):
+    """A copy without secrets, and where they were."""
+
+    copy: Any
+    found: list[Found]
+
+
+def hide_in(value: Any, public: Container[str] = (), path: str = "", key: str = "") -> Hidden:
+    """A config, or any part of one, with :data:`MARK` in place of each secret.
+
+    Args:
+        value: The config.
+        public: Keys whose names say nothing of their values.
+        path: Where in the config ``value`` stands.
+        key: The key that it belongs to.
+    """
+    if isinstance(value, Mapping):
+        copy, found = {}, []
+        for name, item in value.items():
+            shown, of_name = hide_in(name, public, path or "a key")
+            inner = f"{path}.{shown}" if path else str(shown)
+            copy[shown], of_item = hide_in(item, public, inner, str(shown))
+            found += of_name + of_item
+        return Hidden(copy, found)
+    if isinstance(value, list | tuple | set):
+        items = [hide_in(item, public, f"{path}[{index}]", key) for index, item in enumerate(value)]
+        copies = type(value)(copy for copy, _ in items)
+        return Hidden(copies, [one for _, found in items for one in found])
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        return Hidden(value, [])
+    hidden, secrets = hide(str(value), "" if key in public else key)
+    return Hidden(hidden, [Found(path, secrets)]) if secrets else Hidden(value, [])
 
 
 def _by_name(key: str, value: str, strict: bool = True) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from axolotl_gmt.record import shown_name
-from axolotl_gmt.tokens import MARK, hide
+from axolotl_gmt.tokens import MARK, hide, hide_in
 
 _DATA_KEYS = ("datasets", "pretraining_dataset")
 _HIDDEN = "HIDDEN"  # Wherever it stands, the text remains YAML.
@@ -43,18 +43,7 @@ def config_text(cfg: Mapping[str, Any]) -> str:
     """The file that Axolotl read, without comments and secrets; empty if unknown."""
     try:
         config = yaml.safe_load(Path(cfg.get("axolotl_config_path") or "").read_text("utf-8"))
-        text = yaml.safe_dump(_without_secrets(config), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(hide_in(config).copy, sort_keys=False, allow_unicode=True)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return ""  # A temporary file may be gone, and no report is worth a training.
     return text.replace(MARK, _HIDDEN)
-
-
-def _without_secrets(value: Any, key: str = "") -> Any:
-    if isinstance(value, Mapping):
-        return {hide(str(k))[0]: _without_secrets(item, str(k)) for k, item in value.items()}
-    if isinstance(value, list):
-        return [_without_secrets(item, key) for item in value]
-    if isinstance(value, str | int | float) and not isinstance(value, bool):
-        hidden, secrets = hide(str(value), key)
-        return hidden if secrets else value
-    return value

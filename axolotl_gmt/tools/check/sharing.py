@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from axolotl_gmt.tokens import hide
+from axolotl_gmt.tokens import hide, hide_in
 
 
 class Shared(NamedTuple):
@@ -61,9 +61,14 @@ def look_over(raw: Mapping[str, object], text: str) -> Shared:
         raw: The config.
         text: The file that it was read from; its comments are looked at too.
     """
-    shared = Shared({}, [], [])
-    values: set[str] = set()
-    shared.config.update(_without_secrets(shared, values, raw))
+    config, found = hide_in(raw, _ACCOUNT_KEYS)
+    values = {secret.text for one in found for secret in one.secrets}
+    warnings = [
+        f"{one.path}: *** looks like {one.secrets[0].kind}. Remove it, revoke it if anyone has "
+        "seen the file, and use an environment variable or the tool's own login instead."
+        for one in found
+    ]
+    shared = Shared(config, warnings, [])
     owners = {_owner(shared.config.get(key)) for key in _OWNED_KEYS} - {None}
     for path, key, value in _values(shared.config):
         _check_place(shared, path, key, value)
@@ -95,35 +100,6 @@ def look_over(raw: Mapping[str, object], text: str) -> Shared:
             "is gated, or private and so of no use to others, cannot be known offline."
         )
     return shared
-
-
-def _without_secrets(
-    shared: Shared, values: set[str], value: Any, path: str = "", key: str = ""
-) -> Any:
-    """A copy of ``value`` with a mark in place of each secret, which gets a warning."""
-    if isinstance(value, Mapping):
-        copy = {}
-        for name, item in value.items():
-            name = _without_secrets(shared, values, name, path or "a key")
-            inner = f"{path}.{name}" if path else str(name)
-            copy[name] = _without_secrets(shared, values, item, inner, str(name))
-        return copy
-    if isinstance(value, list | tuple | set):
-        items = enumerate(value)
-        return type(value)(
-            _without_secrets(shared, values, item, f"{path}[{index}]", key) for index, item in items
-        )
-    if not isinstance(value, str | int | float) or isinstance(value, bool):
-        return value
-    hidden, secrets = hide(str(value), "" if key in _ACCOUNT_KEYS else key)
-    if not secrets:
-        return value
-    values.update(secret.text for secret in secrets)
-    shared.warnings.append(
-        f"{path}: *** looks like {secrets[0].kind}. Remove it, revoke it if anyone has seen the "
-        "file, and use an environment variable or the tool's own login instead."
-    )
-    return hidden
 
 
 def _owner(hub_id: object) -> str | None:
