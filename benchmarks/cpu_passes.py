@@ -1,6 +1,8 @@
-"""The two passes on a CPU in torch operations, compiled by torch.compile, and by Numba.
+"""The passes on a CPU in torch operations, compiled by torch.compile, and by Numba.
 
-28 M bf16 entries in one tensor. This decided how the CPU path is made.
+28 M bf16 entries in one tensor. This decided how the CPU path is made. Those of ``gradient_weight``
+besides, by Numba: its scores have 32 bits, so that a third pass copies those that share the
+threshold's first digit.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ from torch import Tensor
 
 from axolotl_gmt.kernels import eager, numba_cpu
 from axolotl_gmt.kernels.contract import TOTALS, Batch
-from axolotl_gmt.kernels.dtypes import Digit
-from axolotl_gmt.kernels.scores import Magnitudes
+from axolotl_gmt.kernels.dtypes import Digit, digits
+from axolotl_gmt.kernels.scores import Magnitudes, Products
 
 ENTRIES = 28_000_000
 DIGIT = Digit(0, 15)
 THRESHOLD = 0x3A00
+WEIGHTED = digits(torch.float32)[0]
 
 
 @torch.compile
@@ -45,6 +48,14 @@ def compiled_mask(entries: Tensor, threshold: int) -> tuple[Tensor, ...]:
     return torch.where(keep, entries, 0), (keep & (magnitudes > 0)).sum(), *sums
 
 
+def _limits_of_median(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """The patterns that share the first digit of the median score, and a place for a count."""
+    counts = torch.zeros(1, 1 << WEIGHTED.width, dtype=torch.int32)
+    numba_cpu.count_digits(batch, WEIGHTED, None, counts)
+    digit = (counts.cumsum(-1) < ENTRIES // 2).sum(-1)
+    return digit << WEIGHTED.shift, (digit + 1) << WEIGHTED.shift, torch.zeros_like(digit)
+
+
 def measure(runs: int) -> list[Row]:
     """A row for each pass made in each way."""
     torch.manual_seed(0)
@@ -54,6 +65,9 @@ def measure(runs: int) -> list[Row]:
     totals = torch.zeros(1, TOTALS, dtype=torch.float64)
     threshold = torch.tensor([THRESHOLD])
     one = Batch([Magnitudes(entries)], [0], torch.bfloat16)
+    products = Products(entries, (torch.randn(ENTRIES) * 0.02).bfloat16())
+    weighted = Batch([products], [0], torch.float32)
+    low, high, above = _limits_of_median(weighted)
     ways = {
         ("count", "torch operations"): lambda: eager.count_digits(one, DIGIT, None, counts),
         ("count", "torch.compile"): lambda: compiled_count(entries, counts[0]),
@@ -61,6 +75,13 @@ def measure(runs: int) -> list[Row]:
         ("mask", "torch operations"): lambda: eager.mask_below_(one, threshold, totals),
         ("mask", "torch.compile"): lambda: compiled_mask(entries, THRESHOLD),
         ("mask", "Numba"): lambda: numba_cpu.mask_below_(one, threshold, totals),
+        ("count, gradient_weight", "Numba"): lambda: numba_cpu.count_digits(
+            weighted, WEIGHTED, None, counts
+        ),
+        ("copy, gradient_weight", "Numba"): lambda: numba_cpu.copy_between(
+            weighted, low, high, above
+        ),
+        ("mask, gradient_weight", "Numba"): lambda: numba_cpu.mask_below_(weighted, low, totals),
     }
     seconds = in_turns(
         {" ".join(way): run for way, run in ways.items()},

@@ -58,17 +58,16 @@ class PlainGradients:
         """
         gradient = parameter.grad
         reference = parameter if gradient is None else gradient
-        without = f"Or leave the parameter out with exclude: ['{re.escape(name)}']."
         if reference.layout != torch.strided:
             raise TypeError(
                 f"The gradient of {name} is sparse ({reference.layout}), which GMT cannot mask. "
                 "Create the layer without sparse gradients (nn.Embedding(..., sparse=False)). "
-                f"{without}"
+                f"{_without(name)}"
             )
         if not (reference.is_floating_point() and reference.element_size() > 1):
             raise TypeError(
                 f"The gradient of {name} is {reference.dtype}; GMT masks bfloat16, float16, "
-                f"float32 and float64. {without}"
+                f"float32 and float64. {_without(name)}"
             )
         if reference.device.type == "mps":
             raise TypeError(f"{name} lies on mps, which has no float64. Train on cuda or the CPU.")
@@ -169,6 +168,10 @@ class PlainGradients:
     def on_step(self, begin_step: Callable[[], Step], holds: bool) -> RemovableHandle:
         """See :func:`~axolotl_gmt.gradients.optimizer_step.hook_steps`."""
         return hook_steps(self.optimizer, self._stepped, begin_step, holds)
+
+
+def _without(name: str) -> str:
+    return f"Or leave the parameter out with exclude: ['{re.escape(name)}']."
 
 
 def _sharded_over(tensor: DTensor) -> ProcessGroups:
@@ -272,7 +275,7 @@ def _local_entries(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 def _flat_view(tensor: Tensor) -> Tensor | None:
     """All entries of ``tensor`` in memory order without a copy, or None if they are not dense."""
-    dense = tensor.permute(_memory_order(tensor))
+    dense = tensor if tensor.is_contiguous() else tensor.permute(_memory_order(tensor))
     return dense.view(-1) if dense.is_contiguous() else None
 
 
