@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from axolotl_gmt.criteria import BUILT_IN
-from tests.distributed.test_sharding import torchrun
+from tests.distributed.test_sharding import said, torchrun
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_criteria_choose_the_mask_of_one_process(processes: int, case: str) -> N
     if case == "random_shardings":  # Its shapes need not have matrices in layers.
         names -= {"half"}
     result = torchrun(processes, "tests.distributed.worker", case, *names)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    assert result.returncode == 0, said(result)
     for name in names:
         assert f"ok {case} {name}" in result.stdout
 
@@ -55,7 +55,7 @@ def test_masks_that_stay_and_held_weights_are_those_of_one_process(
     processes: int, case: str
 ) -> None:
     result = torchrun(processes, "tests.distributed.sparse_cases", case)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    assert result.returncode == 0, said(result)
     assert f"ok {case} sparse" in result.stdout
 
 
@@ -71,7 +71,7 @@ def test_masks_that_stay_and_held_weights_are_those_of_one_process(
 )
 def test_masks_overlap_as_those_of_one_process(case: str) -> None:
     result = torchrun(2, "tests.distributed.worker", case)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    assert result.returncode == 0, said(result)
     assert f"ok {case} gradient" in result.stdout
 
 
@@ -90,5 +90,5 @@ def test_masks_overlap_as_those_of_one_process(case: str) -> None:
 )
 def test_forgetting_is_that_of_one_process_and_changes_no_training(case: str) -> None:
     result = torchrun(2, "tests.distributed.forgetting_cases", case)
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+    assert result.returncode == 0, said(result)
     assert f"ok {case} forgetting" in result.stdout

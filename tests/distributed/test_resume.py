@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.distributed.test_sharding import torchrun
+from tests.distributed.test_sharding import said, torchrun
 
 
 @pytest.mark.parametrize("processes", [1, 2], ids=["one-process", "ddp-on-2"])
@@ -32,7 +32,7 @@ def test_axolotl(processes: int, sft_yaml: dict[str, Any], tmp_path: Path) -> No
         file.write_text(yaml.safe_dump(settings))
         options = ["--kill-after", str(kill_after)] if kill_after else []
         result = torchrun(processes, "tests.distributed.axolotl_on_cpu", str(file), *options)
-        assert kill_after or result.returncode == 0, result.stderr[-6000:]
+        assert kill_after or result.returncode == 0, said(result)
         return result.returncode
 
     train("whole")
