@@ -13,7 +13,7 @@ from torch import Tensor
 
 from axolotl_gmt.kernels import eager, numba_cpu
 from axolotl_gmt.kernels.contract import TOTALS, Batch
-from axolotl_gmt.kernels.dtypes import Digit, digits
+from axolotl_gmt.kernels.dtypes import Digit, digits, magnitude_patterns
 from axolotl_gmt.kernels.scores import Magnitudes, Products
 
 ENTRIES = 28_000_000
@@ -48,14 +48,6 @@ def compiled_mask(entries: Tensor, threshold: int) -> tuple[Tensor, ...]:
     return torch.where(keep, entries, 0), (keep & (magnitudes > 0)).sum(), *sums
 
 
-def _limits_of_median(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """The patterns that share the first digit of the median score, and a place for a count."""
-    counts = torch.zeros(1, 1 << WEIGHTED.width, dtype=torch.int32)
-    numba_cpu.count_digits(batch, WEIGHTED, None, counts)
-    digit = (counts.cumsum(-1) < ENTRIES // 2).sum(-1)
-    return digit << WEIGHTED.shift, (digit + 1) << WEIGHTED.shift, torch.zeros_like(digit)
-
-
 def measure(runs: int) -> list[Row]:
     """A row for each pass made in each way."""
     torch.manual_seed(0)
@@ -67,7 +59,10 @@ def measure(runs: int) -> list[Row]:
     one = Batch([Magnitudes(entries)], [0], torch.bfloat16)
     products = Products(entries, (torch.randn(ENTRIES) * 0.02).bfloat16())
     weighted = Batch([products], [0], torch.float32)
-    low, high, above = _limits_of_median(weighted)
+    # The patterns that share their first digit with the median's.
+    median = magnitude_patterns(products.values(0, ENTRIES).median().view(1), torch.float32).long()
+    low = median >> WEIGHTED.shift << WEIGHTED.shift
+    high, above = low + (1 << WEIGHTED.shift), torch.zeros_like(low)
     ways = {
         ("count", "torch operations"): lambda: eager.count_digits(one, DIGIT, None, counts),
         ("count", "torch.compile"): lambda: compiled_count(entries, counts[0]),
