@@ -81,7 +81,8 @@ def _say_what_next(place: qs.Folder, tuned: Path, is_compared: bool) -> None:
     else:
         suggestions["Compare with the same run without a mask"] = f"{again} --compare"
     suggestions["Try another ratio"] = f"edit sft.yml, remove {model}, then {again}"
-    remarks.print("\nWhat next?")
+    remarks.print()
+    remarks.print("What next?")
     for what, how in suggestions.items():
         remarks.print(f"- {what}: {how}")
 

@@ -246,6 +246,7 @@ def test_quickstart_trains_once_and_scores_every_time(
         assert "0 (0%)" in result.stdout
         assert trainings == [folder.sft_recipe]
     assert f"Kept {folder.sft_output}" in result.stderr
+    assert "What next?" in result.stderr.splitlines()
     assert f"gmt-tools inspect {folder.path}/base {folder.path}/sft" in result.stderr
     assert f"gmt-tools quickstart {folder.path} --compare" in result.stderr
 
